@@ -1,0 +1,21 @@
+"""Which pages of another process's memory were written since they were last looked at.
+
+The path of a dirty bit, in the order of the modules:
+
+- :mod:`tracker.abi`      what the kernel's headers say, without a single call
+- :mod:`tracker.syscalls` the calls that the standard library lacks
+- :mod:`tracker.inject`   a userfaultfd of another process: :mod:`tracker.injector` is the
+  short-lived process that gets it, :mod:`tracker.tracee` one stopped thread,
+  :mod:`tracker.registers` how a call is made in it, :mod:`tracker.refusal` why it may not be
+- :mod:`tracker.ram`      the RAM blocks of a QEMU process
+- :mod:`tracker.bitmap`   one bit a page
+- :mod:`tracker.kernels`  the compiled loops over pages and words; :mod:`tracker.native` what they
+  call of libc
+- :mod:`tracker.extents`  which pages of a block hold data
+- :mod:`tracker.source`   what a dirty source has to promise
+- :mod:`tracker.uffd`, :mod:`tracker.holes`  the sources
+- :mod:`tracker.merge`    several sources become one bitmap a block
+
+Beside it: :mod:`tracker.probe` tries whether the kernel does what all of this relies on, on a
+process of its own (:mod:`tracker.subject`) with the same calls (:mod:`tracker.trial`).
+"""

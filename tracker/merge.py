@@ -1,0 +1,76 @@
+"""Several dirty sources become one bitmap a block.
+
+The CPU's writes and the devices' writes are seen by different sources, and often the same page by
+several: the union is taken of bitmaps, so that each page counts, and is sent, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tracker.bitmap import DirtyBitmap
+from tracker.errors import SourceError, TrackerError
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What all sources together reported.
+
+    :ivar bitmaps: the union, by block; shares nothing with the reports
+    :ivar pages: pages in the union, of all blocks
+    :ivar pages_by_source: pages that each source reported
+    :ivar only_by_source: of these, the pages that no other source reported
+    """
+
+    bitmaps: dict[str, DirtyBitmap]
+    pages: int
+    pages_by_source: dict[str, int]
+    only_by_source: dict[str, int]
+
+
+def merge(npages: Mapping[str, int], reports: Mapping[str, Mapping[str, DirtyBitmap]]) -> Merged:
+    """Unite the reports of one collect.
+
+    :param npages: number of pages of every block that is being moved
+    :param reports: what each source's ``collect()`` returned, by name of source; one or more, and
+        each of them covers every block
+    :raise SourceError: a source left out a block, or reported an unknown one, or another number of
+        pages: nothing it says can be trusted, and nothing is clean
+    :raise TrackerError: there is no report at all
+    """
+    if not reports:
+        raise TrackerError("no dirty source reported: nothing is known about any page")
+    for source, report in reports.items():
+        _check(npages, source, report)
+
+    union = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
+    repeated = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
+    for report in reports.values():
+        for block, bitmap in report.items():
+            repeated[block].words |= union[block].words & bitmap.words
+            union[block] |= bitmap
+    return Merged(
+        bitmaps=union,
+        pages=sum(bitmap.count() for bitmap in union.values()),
+        pages_by_source={
+            source: sum(bitmap.count() for bitmap in report.values())
+            for source, report in reports.items()
+        },
+        only_by_source={
+            source: sum(bitmap.minus(repeated[block]).count() for block, bitmap in report.items())
+            for source, report in reports.items()
+        },
+    )
+
+
+def _check(npages: Mapping[str, int], source: str, report: Mapping[str, DirtyBitmap]) -> None:
+    if missing := npages.keys() - report.keys():
+        raise SourceError(source, f"says nothing about {sorted(missing)}")
+    if unknown := report.keys() - npages.keys():
+        raise SourceError(source, f"reports blocks that nobody knows: {sorted(unknown)}")
+    for block, bitmap in report.items():
+        if bitmap.npages != npages[block]:
+            raise SourceError(
+                source, f"reports {bitmap.npages} pages of {block!r}, which has {npages[block]}"
+            )
