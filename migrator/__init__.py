@@ -1,0 +1,46 @@
+"""Live migration of running QEMU VMs, driven from outside QEMU.
+
+    >>> from migrator import Limits, Options, migrate
+    >>> report = await migrate("/run/source.qmp", "/run/destination.qmp", Options(verify=True))
+
+Everything is imported when it is first used: importing this package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from migrator.errors import Aborted, Failed, MigratorError, Refused, Undecided
+    from migrator.orchestrator import Options, migrate
+    from migrator.policy import Limits
+    from migrator.report import Progress, Report
+
+__all__ = [
+    "Aborted",
+    "Failed",
+    "Limits",
+    "MigratorError",
+    "Options",
+    "Progress",
+    "Refused",
+    "Report",
+    "Undecided",
+    "migrate",
+]
+
+_HOMES = {
+    "Options": "orchestrator",
+    "migrate": "orchestrator",
+    "Limits": "policy",
+    "Progress": "report",
+    "Report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

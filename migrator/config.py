@@ -1,0 +1,176 @@
+"""What a configuration file may say. Every other word in it is an error that names its place."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from migrator.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(text: object) -> int:
+    """``64M`` or a number of bytes → bytes; K, M, G and T are powers of 1024.
+
+    :raise ValueError: it is neither
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    found = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if found is None:
+        raise ValueError("expected a size such as 64M or 2G")
+    return int(found[1]) << _UNITS[found[2].upper()]
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Pattern = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Console(_Strict):
+    """What the serial console has to show, as regular expressions."""
+
+    ready: Pattern | None = None
+    alive: Pattern | None = None
+    broken: Pattern | None = None
+    timeout_s: float = Field(default=60.0, gt=0)
+
+    @field_validator("ready", "alive", "broken")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"expected a regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _somebody_looks(self) -> Console:
+        if self.broken is not None and self.ready is None and self.alive is None:
+            raise ValueError("expected ready or alive beside broken: nobody looks without")
+        return self
+
+
+class VmConfig(_Strict):
+    """A VM: a command line to start, or the QMP socket of a QEMU that runs."""
+
+    command: list[str] | None = None
+    qmp: str | None = None
+    console: Console = Console()
+    keep: bool = False
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _split(cls, command: object) -> object:
+        if isinstance(command, str):
+            return shlex.split(command.replace("\\\n", ""))  # which shlex takes for an argument
+        return command
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> VmConfig:
+        if (self.command is None) == (self.qmp is None):
+            raise ValueError("expected either command or qmp")
+        if self.command is not None and not self.command:
+            raise ValueError("expected a command line, found an empty one")
+        if self.qmp is not None and "console" in self.model_fields_set:
+            raise ValueError("console goes with command, not with qmp")
+        return self
+
+
+class GuestConfig(_Strict):
+    """The built-in workload guest."""
+
+    working_set: Size = 64 << 20
+    pages_per_s: int = Field(default=0, ge=0)
+
+
+class MigrationConfig(_Strict):
+    """When to switch over, when to give up."""
+
+    downtime_limit_ms: float = Field(default=100.0, gt=0)
+    max_rounds: int = Field(default=60, ge=1)
+    max_seconds: float = Field(default=300.0, gt=0)
+    on_limit: Literal["force", "abort"] = "abort"
+    verify: bool = False
+    settle_s: float = Field(default=0.5, ge=0)
+
+
+class Config(_Strict):
+    """A whole file."""
+
+    prepare: list[str] = []
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    guest: GuestConfig | None = None
+    source: VmConfig
+    destination: VmConfig
+    migration: MigrationConfig = MigrationConfig()
+
+
+def load(path: Path) -> Config:
+    """Read a configuration file.
+
+    :raise ConfigError: it cannot be read, is not YAML, or says what may not be said
+    """
+    try:
+        said: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected YAML: {error}", file=str(path)) from error
+    if not isinstance(said, dict):
+        raise ConfigError("expected keys and values", file=str(path))
+    try:
+        return Config.model_validate(said)
+    except ValidationError as error:
+        first, *more = error.errors()
+        also = "".join(f"; {_key(e)}: {_expected(e)}" for e in more)
+        raise ConfigError(_expected(first) + also, file=str(path), key=_key(first)) from error
+
+
+def _key(error: Any) -> str:
+    return ".".join(str(part) for part in error["loc"])
+
+
+def _expected(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        said = f"unknown key; expected one of {', '.join(_keys_beside(error['loc']))}"
+    elif error["type"] == "missing":
+        said = "expected, and missing"
+    else:
+        said = str(error["msg"]).removeprefix("Value error, ")
+        said = said.replace("Input should be", "expected")
+        if not isinstance(error["input"], (dict, list)):
+            said += f", found {error['input']!r}"
+    return said
+
+
+def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        inner = [t for t in (annotation, *getattr(annotation, "__args__", ())) if _is_model(t)]
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _is_model(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -1,0 +1,149 @@
+"""Everything a migration can end with but success, one tree::
+
+    MigratorError
+    ├── ConfigError         what was asked for makes no sense              exit code 2
+    ├── AccelUnavailable    guests do not run under it here                exit code 2
+    ├── VmError             a QEMU that we started, or its QMP, failed     exit code 1
+    │   ├── QmpUnreachable  nobody answers at that socket
+    │   └── CommandFailed   QEMU refused a command
+    ├── Refused             preflight found a reason not to begin          exit code 3
+    └── MigrationError      it began, and did not end well
+        ├── Aborted         given up on purpose; the source runs           exit code 1
+        ├── Failed          something broke; the source runs               exit code 1
+        └── Undecided       which side may run is for the operator to say  exit code 4
+
+Errors carry data: see the attributes of each. Errors of :mod:`tracker` do not pass through a
+migration as they are; they become the cause of a :class:`Failed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from migrator.findings import Finding
+    from migrator.report import Report
+
+
+class MigratorError(Exception):
+    """Base of all errors of this package.
+
+    :cvar exit_code: what the command line ends with
+    """
+
+    exit_code = 1
+
+
+class ConfigError(MigratorError):
+    """What was asked for makes no sense.
+
+    :ivar file: the configuration file, or ``None`` where it came from elsewhere
+    :ivar key: path of the key, such as ``source.command``, or ``""`` for the whole
+    :ivar expected: what was expected there
+    """
+
+    exit_code = 2
+
+    def __init__(self, expected: str, *, file: str | None = None, key: str = "") -> None:
+        super().__init__(": ".join(part for part in (file, key, expected) if part))
+        self.file = file
+        self.key = key
+        self.expected = expected
+
+
+class AccelUnavailable(MigratorError):
+    """The accelerator that was asked for does not run guests here.
+
+    :ivar accel: its name
+    :ivar reason: what happened when it was tried
+    """
+
+    exit_code = 2
+
+    def __init__(self, accel: str, reason: str) -> None:
+        super().__init__(f"accelerator {accel}: {reason}; use tcg, or auto to have it chosen")
+        self.accel = accel
+        self.reason = reason
+
+
+class VmError(MigratorError):
+    """A QEMU could not be started, ended too early, or did not answer.
+
+    :ivar vm: which one: ``source``, ``destination``, or a path
+    """
+
+    def __init__(self, vm: str, reason: str) -> None:
+        super().__init__(f"{vm}: {reason}")
+        self.vm = vm
+        self.reason = reason
+
+
+class QmpUnreachable(VmError):
+    """Nobody answers at a QMP socket, or the connection was lost."""
+
+
+class CommandFailed(VmError):
+    """QEMU refused a QMP command.
+
+    :ivar command: its name
+    :ivar description: QEMU's own words
+    """
+
+    def __init__(self, vm: str, command: str, description: str) -> None:
+        super().__init__(vm, f"QEMU refused {command}: {description}")
+        self.command = command
+        self.description = description
+
+
+class Refused(MigratorError):
+    """Preflight found reasons not to begin; nothing was changed.
+
+    :ivar findings: each with its mend
+    """
+
+    exit_code = 3
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        super().__init__("; ".join(f"{f.problem} ({f.mend})" for f in findings))
+        self.findings = tuple(findings)
+
+
+class MigrationError(MigratorError):
+    """A migration that began did not end well.
+
+    :ivar phase: the phase in which it ended
+    :ivar reason: why
+    :ivar report: what had happened until then
+    """
+
+    status = "failed"
+
+    def __init__(self, phase: str, reason: str) -> None:
+        super().__init__(f"{reason} (in phase {phase})")
+        self.phase = phase
+        self.reason = reason
+        self.report: Report | None = None
+
+
+class Aborted(MigrationError):
+    """Given up on purpose, by the policy or by the user. The source runs, untracked."""
+
+    status = "aborted"
+
+
+class Failed(MigrationError):
+    """Something broke before the point of no return. The source runs, untracked."""
+
+
+class Undecided(MigrationError):
+    """Which side may run cannot be said, or neither does: the operator has to decide.
+
+    :ivar known: what is known, a sentence an item
+    """
+
+    exit_code = 4
+
+    def __init__(self, phase: str, reason: str, known: Sequence[str]) -> None:
+        super().__init__(phase, f"{reason}; " + "; ".join(known))
+        self.known = tuple(known)

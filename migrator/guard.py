@@ -1,0 +1,168 @@
+"""A process of its own that ends well what a killed orchestrator left half done.
+
+Tracking needs nobody: the kernel drops it with the process. But from the moment QEMU's own
+migration is started, the source waits, paused, for an answer of ours. The guard learns of each step
+over a pipe; when the pipe closes before the last word, it lets the one side run that may::
+
+    begun       the source may be stopped; the destination cannot run   → the source goes on
+    committed   the destination may have all it needs                   → it runs, or proves dead
+    done        nothing to do
+
+It is started before the switchover, in a session of its own, so that neither Ctrl-C nor the killing
+of a process group reaches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from migrator.errors import MigratorError
+from migrator.qmp import Qmp, is_alive
+from migrator.rollback import Before, bring_back
+
+_PATIENCE_S = 30.0
+
+# isolated: whoever migrates as root in somebody's directory must not import what lies there
+_PROGRAM = """
+import sys
+sys.path.append(sys.argv[1])
+from migrator.guard import main
+sys.exit(main())
+"""
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclass(frozen=True)
+class Wards:
+    """The two VMs a guard looks after."""
+
+    source: str
+    source_pid: int
+    destination: str
+    destination_pid: int
+    before: Before
+
+
+class Guard:
+    """The orchestrator's end of the pipe."""
+
+    def __init__(self, wards: Wards) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM, _ROOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            close_fds=True,
+        )
+        self._say(json.dumps(asdict(wards)))
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        os.write(self._process.stdin.fileno(), line.encode() + b"\n")
+
+    def begun(self, running: bool) -> None:
+        """QEMU's own migration is about to be started.
+
+        :param running: whether the guest runs until then
+        """
+        self._say("begun running" if running else "begun")
+
+    def committed(self) -> None:
+        """The end of the stream is about to be sent to the destination."""
+        self._say("committed")
+
+    def leave_it_to_you(self) -> None:
+        """We end without a decision: let the guard act."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def dismiss(self) -> None:
+        """All is decided: let the guard end."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._say("done")
+        self._process.stdin.close()
+        self._process.wait()
+
+
+# -- the guard's own side -----------------------------------------------------------------------
+
+
+def main() -> int:
+    """Read the steps; act when they break off."""
+    first = sys.stdin.readline()
+    if not first:
+        return 0
+    told: dict[str, Any] = json.loads(first)
+    wards = Wards(**{**told, "before": Before(**told["before"])})
+    try:
+        destination_pidfd = os.pidfd_open(wards.destination_pid)
+    except ProcessLookupError:
+        destination_pidfd = -1
+    step = ""
+    for line in sys.stdin:
+        step, *running = line.split()
+        if step == "begun":
+            before = replace(wards.before, was_running=bool(running))
+            wards = replace(wards, before=before)
+    if step in ("", "done"):
+        return 0
+    try:
+        outcome = asyncio.run(_end_well(wards, step, destination_pidfd))
+    except (MigratorError, OSError) as error:
+        print(f"migrator guard: {error}; look at both VMs yourself", file=sys.stderr)
+        return 4
+    print(f"migrator guard: the orchestrator is gone; {outcome}", file=sys.stderr)
+    return 0
+
+
+async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
+    if step == "committed" and await _destination_runs(wards, destination_pidfd):
+        return "the destination runs"
+    source = await Qmp.connect("source", wards.source, timeout_s=_PATIENCE_S)
+    try:
+        state = await bring_back(source, wards.before)
+    finally:
+        await source.close()
+    return f"the source is {state}"
+
+
+async def _destination_runs(wards: Wards, destination_pidfd: int) -> bool:
+    """Wait until the destination runs (true) or is known never to run (false).
+
+    :raise MigratorError: it does neither
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    problem: MigratorError | None = None
+    while time.monotonic() < deadline:
+        if destination_pidfd < 0 or not is_alive(destination_pidfd):
+            return False
+        try:
+            destination = await Qmp.connect("destination", wards.destination, timeout_s=1.0)
+        except MigratorError as error:
+            problem = error
+            await asyncio.sleep(0.05)
+            continue
+        try:
+            state = await destination.run_state()
+            status = (await destination.migration()).get("status")
+            if state == "running" or (status == "completed" and not wards.before.was_running):
+                return True
+            if status == "completed":
+                await destination.execute("cont")
+            elif status == "failed":
+                await destination.execute("quit")
+        except MigratorError as error:
+            problem = error
+        finally:
+            await destination.close()
+        await asyncio.sleep(0.01)
+    raise problem or MigratorError("the destination neither runs nor ends")

@@ -1,0 +1,218 @@
+"""A migration out of a configuration: start what is to be started, migrate, look, clean up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from migrator.accel import choose_accel
+from migrator.config import Config, VmConfig
+from migrator.errors import ConfigError, Undecided, VmError
+from migrator.guest import Workload, boot_image, heartbeats
+from migrator.orchestrator import Options, migrate
+from migrator.phases import Phase
+from migrator.policy import Limits
+from migrator.report import Progress, Report
+from migrator.vm import RunDirectory, Vm, fill_in
+
+_log = logging.getLogger(__name__)
+_HEARTBEATS = 5  # so many have to be seen on each side
+_GUEST_S = 30.0
+
+
+def cache_directory() -> Path:
+    """Where what was built or fetched once is kept (XDG base directories)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "qemu-migrator"
+
+
+async def run(
+    config: Config,
+    *,
+    here: Path,
+    say: Callable[[str], None] = lambda _: None,
+    watch: Callable[[Progress], None] = lambda _: None,
+) -> Report:
+    """Do what a configuration says. Whatever was started and is not to be kept ends with it.
+
+    :param here: the directory that relative paths in the configuration start from
+    :param say: called with each step before the migration, for people
+    :raise ConfigError: it cannot be done
+    :raise MigratorError: see :func:`migrator.orchestrator.migrate`
+    """
+    for command in config.prepare:
+        say(f"preparing: {command}")
+        await _prepare(command, here)
+    async with AsyncExitStack() as stack:
+        run_directory = RunDirectory()
+        directory = stack.enter_context(run_directory)
+        say("starting")
+        values = await _values(config, directory, here)
+        source, source_qmp = await _provide("source", config.source, values, directory, stack)
+        if source is not None and config.source.keep:
+            # whatever comes: until it has moved it is the only one
+            stack.callback(_keep, source, run_directory, say)
+        destination, destination_qmp = await _provide(
+            "destination", config.destination, values, directory, stack
+        )
+        if source is not None:
+            say(f"the source runs (process {source.pid}); waiting until its guest is ready")
+            await _ready(source, config)
+            await asyncio.sleep(config.migration.settle_s)
+        say("migrating")
+        report = await migrate(source_qmp, destination_qmp, _options(config), watch=watch)
+        try:
+            if source is not None and destination is not None and config.guest is not None:
+                report.guest = await _heartbeat_goes_on(source, destination)
+            if destination is not None:
+                if config.destination.console.alive is not None:
+                    say("the destination runs; watching its console")
+                await _alive(destination, config)
+        except VmError as error:
+            raise _not_well(error, report) from error
+        except asyncio.CancelledError:
+            say("interrupted while watching the destination; it has moved")
+        if destination is not None and config.destination.keep:
+            _keep(destination, run_directory, say)
+    return report
+
+
+def _keep(vm: Vm, run_directory: RunDirectory, say: Callable[[str], None]) -> None:
+    say(f"the {vm.name} stays: process {vm.pid}, QMP socket {vm.qmp}")
+    run_directory.keep = True
+    vm.let_go()
+
+
+def _not_well(error: VmError, report: Report) -> Undecided:
+    undecided = Undecided(
+        Phase.FINISH.value,
+        str(error),
+        ["the migration completed, the source will not run", "the guest is not well"],
+    )
+    report.status, report.reason, report.known = "failed", str(error), list(undecided.known)
+    undecided.report = report
+    return undecided
+
+
+async def _prepare(command: str, here: Path) -> None:
+    process = await asyncio.create_subprocess_shell(
+        command, cwd=here, stdin=asyncio.subprocess.DEVNULL, stdout=2, start_new_session=True
+    )
+    try:
+        status = await process.wait()
+    except asyncio.CancelledError:
+        os.killpg(process.pid, signal.SIGTERM)  # also what it has started
+        await process.wait()
+        raise
+    if status:
+        raise ConfigError(f"{command!r} ended with {status}", key="prepare")
+
+
+async def _values(config: Config, directory: Path, here: Path) -> dict[str, str]:
+    values = {"run": str(directory), "cache": str(cache_directory()), "here": str(here)}
+    commands = [vm.command for vm in (config.source, config.destination) if vm.command]
+    if any("{accel}" in argument for command in commands for argument in command):
+        try:
+            choice = await choose_accel(commands[0][0], config.accel)
+        except OSError as error:
+            raise VmError(commands[0][0], f"cannot be started: {error.strerror}") from error
+        _log.info("accelerator %s: %s", choice.name, choice.reason)
+        values["accel"] = choice.name
+    if config.guest is not None:
+        image = directory / "guest.img"
+        image.write_bytes(boot_image(_workload(config)))
+        values["guest"] = str(image)
+    return values
+
+
+def _workload(config: Config) -> Workload:
+    assert config.guest is not None
+    try:
+        return Workload(
+            working_set_bytes=config.guest.working_set, pages_per_s=config.guest.pages_per_s
+        )
+    except ValueError as error:
+        raise ConfigError(str(error), key="guest") from error
+
+
+async def _provide(
+    name: str, wanted: VmConfig, values: dict[str, str], directory: Path, stack: AsyncExitStack
+) -> tuple[Vm | None, str]:
+    if wanted.command is None:
+        assert wanted.qmp is not None
+        return None, wanted.qmp
+    vm = Vm(name, directory)
+    stack.push_async_callback(vm.stop)  # unless it is let go
+    await vm.start(
+        fill_in(wanted.command, {**values, "console": str(vm.console)}),
+        incoming=name == "destination",
+        keep=wanted.keep,
+    )
+    return vm, vm.qmp
+
+
+async def _ready(source: Vm, config: Config) -> None:
+    console = config.source.console
+    if console.ready is not None:
+        await source.wait_for_console(
+            console.ready, timeout_s=console.timeout_s, broken=console.broken
+        )
+    if config.guest is not None:
+        await _count_heartbeats(lambda: source.console.read_bytes(), source, _HEARTBEATS)
+
+
+async def _alive(destination: Vm, config: Config) -> None:
+    console = config.destination.console
+    if console.alive is not None:
+        await destination.wait_for_console(
+            console.alive, timeout_s=console.timeout_s, broken=console.broken
+        )
+
+
+async def _heartbeat_goes_on(source: Vm, destination: Vm) -> dict[str, int]:
+    """Check that both consoles, one after the other, are one sequence of heartbeats."""
+    before = source.console.read_bytes()
+    try:
+        last = heartbeats(before)[-1]
+    except (ValueError, IndexError) as error:
+        raise VmError("source", f"its heartbeats: {error}") from error
+    beats = await _count_heartbeats(
+        lambda: before + destination.console.read_bytes(), destination, last + 1 + _HEARTBEATS
+    )
+    gap = next((n for n, beat in enumerate(beats) if n != beat), None)
+    if gap is not None:
+        raise VmError("destination", f"the guest's heartbeat went from {gap - 1} to {beats[gap]}")
+    return {"heartbeats_before": last + 1, "heartbeats_after": len(beats) - last - 1}
+
+
+async def _count_heartbeats(read: Callable[[], bytes], vm: Vm, wanted: int) -> list[int]:
+    async def beats() -> list[int]:
+        while len(found := heartbeats(read())) < wanted:
+            vm.check_alive()
+            await asyncio.sleep(0.02)
+        return found
+
+    try:
+        return await asyncio.wait_for(beats(), _GUEST_S)
+    except ValueError as error:
+        raise VmError(vm.name, str(error)) from error
+    except asyncio.TimeoutError as error:
+        raise VmError(vm.name, f"no {wanted} heartbeats in {_GUEST_S:g} s") from error
+
+
+def _options(config: Config) -> Options:
+    chosen = config.migration
+    return Options(
+        limits=Limits(
+            downtime_ms=chosen.downtime_limit_ms,
+            max_rounds=chosen.max_rounds,
+            max_seconds=chosen.max_seconds,
+            on_limit=chosen.on_limit,
+        ),
+        verify=chosen.verify,
+    )

@@ -1,0 +1,220 @@
+"""From the last round to the running destination: stop, last collects, hand over, or roll back.
+
+The order is what makes it safe:
+
+1. The source stops, its block I/O drained; what was written until then is sent.
+2. QEMU saves the device state into a buffer of ours. That may write guest RAM, so the sources are
+   read once more, and what they found is sent. Nothing can write any more.
+3. The destination loads all of the device state but its end. RAM went first, because loading reads
+   it. A destination that lacks the end cannot run; until here, every failure ends with the source
+   running.
+4. The end is sent: the point of no return. The destination runs when it has loaded it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from migrator.devicestate import Incoming, Outgoing, split_at_end
+from migrator.errors import MigratorError, Undecided, VmError
+from migrator.guard import Guard
+from migrator.phases import Phase, Phases
+from migrator.preflight import Plan
+from migrator.qmp import Event, Qmp, is_alive
+from migrator.rollback import (
+    DESTINATION_CAPABILITIES,
+    SOURCE_CAPABILITIES,
+    SOURCE_PARAMETERS,
+)
+
+_log = logging.getLogger(__name__)
+_STOP_S = 60.0  # QEMU's own first pass: ROMs, video memory
+_STATE_S = 60.0
+_RESUME_S = 60.0
+
+
+@dataclass
+class HandedOver:
+    """What a switchover that succeeded has to tell.
+
+    :ivar downtime_ms: by the time stamps of QEMU's events, comparison included; ``None`` if the
+        guest did not run
+    :ivar device_state_bytes: the whole stream
+    """
+
+    downtime_ms: float | None
+    device_state_bytes: int
+
+
+class Switchover:
+    """One attempt to hand over.
+
+    :ivar committed: whether the point of no return was passed
+    :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
+    :param collect_and_send: one last round: reads all sources and delivers what they found
+    :param verify: compares both sides; raises if they differ
+    """
+
+    def __init__(
+        self,
+        source: Qmp,
+        destination: Qmp,
+        destination_pidfd: int,
+        plan: Plan,
+        phases: Phases,
+        guard: Guard,
+        *,
+        collect_and_send: Callable[[Phase, Phase], Awaitable[None]],
+        verify: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._destination_pidfd = destination_pidfd
+        self._plan = plan
+        self._phases = phases
+        self._guard = guard
+        self._collect_and_send = collect_and_send
+        self._verify = verify
+        self._incoming: Incoming | None = None
+        self._outgoing: Outgoing | None = None
+        self.committed = False
+        self.was_running: bool | None = None
+
+    async def run(self) -> HandedOver:
+        """Do all of it.
+
+        :raise VmError: before the point of no return: roll back. After it: never
+        :raise Undecided: after the point of no return, neither side is known to run
+        """
+        stopped = await self._stop()
+        await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
+        stream = await self._save_device_state()
+        head, end = split_at_end(stream)
+        self._phases.enter(Phase.LAST_COLLECT)
+        await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
+        await self._verify()
+        self._phases.enter(Phase.LOAD)
+        assert self._outgoing is not None
+        await self._outgoing.load(head, timeout_s=_STATE_S)
+        resumed = await self._commit(end)
+        downtime_ms = (resumed.at - stopped.at) * 1000 if stopped and resumed else None
+        return HandedOver(downtime_ms, len(stream))
+
+    async def _stop(self) -> Event | None:
+        self._phases.enter(Phase.SWITCHOVER)
+        await self._destination.set_capabilities(DESTINATION_CAPABILITIES)
+        await self._source.set_capabilities(SOURCE_CAPABILITIES)
+        await self._source.execute("migrate-set-parameters", **SOURCE_PARAMETERS)
+        running = await self._source.run_state() == "running"
+        mark = self._source.mark()
+        self._guard.begun(running)
+        self._incoming = await Incoming.begin(self._source)
+        event = await self._source.migration_status("pre-switchover", since=mark, timeout_s=_STOP_S)
+        self._expect(event, "pre-switchover")
+        stopped = self._source.seen("STOP", since=mark)
+        self.was_running = stopped is not None
+        self._phases.enter(Phase.STOP, at=stopped.at if stopped else None)
+        await self._check_qemu_leaves_ram_to_us()
+        return stopped
+
+    async def _check_qemu_leaves_ram_to_us(self) -> None:
+        total = (await self._source.migration()).get("ram", {}).get("total")
+        smallest = min(block.size for block in self._plan.source)
+        if total is None:
+            raise VmError("source", "does not say how much RAM it sends itself")
+        if total >= self._plan.other_ram_bytes + smallest:
+            raise VmError("source", f"sends {total} bytes of RAM itself, ignoring x-ignore-shared")
+
+    async def _save_device_state(self) -> bytes:
+        assert self._incoming is not None
+        self._phases.enter(Phase.DEVICE_STATE)
+        mark = self._source.mark()
+        await self._source.execute("migrate-continue", state="pre-switchover")
+        self._outgoing = await Outgoing.begin(self._destination)  # while the source saves
+        event = await self._source.migration_status("completed", since=mark, timeout_s=_STATE_S)
+        self._expect(event, "completed")
+        return await self._incoming.whole(timeout_s=_STATE_S)
+
+    def _expect(self, event: Event, status: str) -> None:
+        if event.data.get("status") != status:
+            raise VmError("source", f"its own migration {event.data.get('status')}")
+
+    # -- the point of no return -----------------------------------------------------------------
+
+    async def _commit(self, end: bytes) -> Event | None:
+        assert self._outgoing is not None
+        self._phases.enter(Phase.RESUME)
+        mark = self._destination.mark()
+        self._guard.committed()
+        self.committed = True
+        try:
+            await self._outgoing.finish(end, timeout_s=_RESUME_S)
+            resumed = await self._running(mark)
+        except (MigratorError, OSError) as error:
+            _log.warning("the destination did not confirm: %s", error)
+            if not await self._runs_after_all(error, mark):
+                self.committed = False
+                raise VmError("destination", f"did not run: {error}") from error
+            resumed = None
+        self._phases.enter(Phase.FINISH, at=resumed.at if resumed else None)
+        return resumed
+
+    async def _running(self, mark: int) -> Event | None:
+        def wanted(event: Event) -> bool:
+            ended = event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
+            return event.name == "RESUME" or ended
+
+        event = await self._destination.wait_for(wanted, since=mark, timeout_s=_RESUME_S)
+        if event.data.get("status") == "failed":
+            raise VmError("destination", "refused the end of the device state")
+        if not self.was_running:
+            return None
+        if event.name != "RESUME":  # it was started with -S
+            await self._destination.execute("cont")
+            event = await self._destination.wait_for(
+                lambda e: e.name == "RESUME", since=mark, timeout_s=_RESUME_S
+            )
+        return event
+
+    async def _runs_after_all(self, error: Exception, mark: int) -> bool:
+        """Whether the destination runs (true) or is known never to run (false).
+
+        It is stopped first, or it could start between being asked and being ended. One that has
+        run already, for however short a time, is the one to go on.
+
+        :raise Undecided: neither is known
+        """
+        known = [f"the source is paused, and complete: {error}"]
+        try:
+            was = await self._destination.run_state()
+            known.append(f"the destination answers, and is {was!r}")
+            await self._destination.execute("stop")
+            await self._destination.run_state()  # events that came before this answer are here
+            if was == "running" or self._destination.seen("RESUME", since=mark):
+                await self._destination.execute("cont")
+                return True
+            await self._destination.execute("quit")
+        except VmError as lost:
+            known.append(str(lost))
+        for _ in range(200):
+            if not is_alive(self._destination_pidfd):
+                if not self._destination.seen("RESUME", since=mark):
+                    return False
+                known.append("the destination ran, and its process has ended")
+                break
+            await asyncio.sleep(0.01)
+        else:
+            known.append(f"the destination's process {self._destination.pid} is alive")
+        raise Undecided(self._phases.current.value, "the destination did not confirm", known)
+
+    # -- the way back, and the end --------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close both streams; a destination that lacks the end of its fails."""
+        if self._incoming is not None:
+            await self._incoming.close()
+        if self._outgoing is not None:
+            self._outgoing.close()

@@ -1,0 +1,241 @@
+"""Pages from one mapped file to another on the same host, at memory speed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrator.settle import ended, in_thread, settle
+from migrator.transport import Comparison, Sent
+from tracker import kernels
+from tracker.bitmap import DirtyBitmap
+from tracker.extents import data_pages
+from tracker.ram import RamBlock, open_file
+from tracker.syscalls import fault_in
+
+_T = TypeVar("_T")
+_PART_WORDS = 256  # 16384 pages between two looks at whether to stop
+_NOWHERE = np.empty(0, np.uint8)
+
+
+class _Pair:
+    """One block at both sides."""
+
+    def __init__(
+        self, source_pid: int, source: RamBlock, destination_pid: int, destination: RamBlock
+    ) -> None:
+        self.source_pid, self.source = source_pid, source
+        self.destination_pid, self.destination = destination_pid, destination
+        self._fds: list[int] = []
+        self._maps: list[mmap.mmap] = []
+
+    def open(self) -> None:
+        writable = self.destination.is_hugetlb  # hugetlbfs takes no write(2)
+        self.source_fd, self.from_memory = self._map(self.source_pid, self.source, mmap.PROT_READ)
+        self.fd, self.to_memory = self._map(
+            self.destination_pid,
+            self.destination,
+            mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
+        )
+        self.present = self.destination_data()
+        self.write_to = self.to_memory if writable else _NOWHERE
+        self.write_fd = -1 if writable else self.fd
+
+    def _map(self, pid: int, block: RamBlock, protection: int) -> tuple[int, NDArray[np.uint8]]:
+        fd = open_file(pid, block)
+        self._fds.append(fd)
+        mapped = mmap.mmap(fd, block.size, mmap.MAP_SHARED, protection)
+        self._maps.append(mapped)
+        return fd, np.frombuffer(mapped, np.uint8)
+
+    def source_data(self) -> DirtyBitmap:
+        return data_pages(self.source_pid, self.source, self.source_fd)
+
+    def destination_data(self) -> DirtyBitmap:
+        return data_pages(self.destination_pid, self.destination, self.fd)
+
+    def close(self) -> None:
+        self.from_memory = self.to_memory = self.write_to = _NOWHERE
+        while self._maps:
+            self._maps.pop().close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+class LocalCopy:
+    """Both sides are processes on this host.
+
+    :param source: the source's blocks
+    :param destination: the destination's, in the same order
+    """
+
+    def __init__(
+        self,
+        source_pid: int,
+        source: Sequence[RamBlock],
+        destination_pid: int,
+        destination: Sequence[RamBlock],
+    ) -> None:
+        self._pairs = [
+            _Pair(source_pid, ours, destination_pid, theirs)
+            for ours, theirs in zip(source, destination, strict=True)
+        ]
+        self._sent_pages = 0
+        self._stop = False
+
+    @property
+    def sent_pages(self) -> int:
+        """Pages sent by the sending that is under way, or by the last one."""
+        return self._sent_pages
+
+    async def open(self) -> None:
+        """Map both sides.
+
+        :raise OSError: a file cannot be opened or mapped
+        :raise RamError: a file is not what it was
+        """
+        await in_thread(self._open)
+
+    def _open(self) -> None:
+        for pair in self._pairs:
+            pair.open()
+
+    async def send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
+        """See :meth:`migrator.transport.Transport.send`. Stops soon when cancelled."""
+        self._sent_pages = 0
+        return await self._stoppable(lambda: self._send(dirty, data))
+
+    async def _stoppable(self, work: Callable[[], _T]) -> _T:
+        self._stop = False
+        thread = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            self._stop = True
+            await settle(ended(thread))
+            raise
+
+    def _send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
+        sent = Sent()
+        for pair in self._pairs:
+            name = pair.source.name
+            error = self._send_block(pair, dirty[name], data[name], sent)
+            if error:
+                sent.error = OSError(error, f"writing RAM {name!r}: {os.strerror(error)}")
+                # of a slice that failed half way nothing is known: the block is owed whole
+                sent.undelivered[name] = dirty[name]
+                if not pair.destination.is_hugetlb:
+                    # it has pages that were not written; reading those is SIGBUS on a full tmpfs
+                    pair.present = pair.destination_data()
+        return sent
+
+    @staticmethod
+    def _map_at_destination(pair: _Pair, dirty: DirtyBitmap) -> None:
+        """Let QEMU map what we filled: its page tables are what tells data from holes."""
+        filled = dirty.words & pair.present.words
+        pages = np.flatnonzero(np.unpackbits(filled.view(np.uint8), bitorder="little"))
+        block = pair.destination
+        fault_in(pair.destination_pid, (block.hva + pages * block.page_size).astype(np.uint64))
+
+    def _send_block(self, pair: _Pair, dirty: DirtyBitmap, data: DirtyBitmap, sent: Sent) -> int:
+        page_size = pair.source.page_size
+        holes = dirty.minus(data).count()
+        self._sent_pages += holes  # for whoever watches: they take no time
+        cleared = DirtyBitmap.empty(dirty.npages)
+        for first, last in _parts(dirty):
+            if self._stop:
+                return 0  # nobody will read what came of it
+            copied, zeros, error = kernels.copy_pages(
+                pair.from_memory,
+                pair.write_to,
+                pair.write_fd,
+                page_size,
+                dirty.words,
+                data.words,
+                pair.present.words,
+                cleared.words,
+                first,
+                last,
+            )
+            if error:
+                return int(error)
+            sent.pages += copied + zeros
+            sent.zero_pages += zeros
+            sent.bytes += copied * page_size
+            self._sent_pages += copied + zeros
+        if cleared.any():
+            error = self._clear(pair, cleared)
+            if error:
+                return error
+        if pair.destination.is_hugetlb:
+            try:
+                self._map_at_destination(pair, dirty)
+            except OSError as failure:
+                return failure.errno or errno.EFAULT
+        sent.pages += holes
+        sent.zero_pages += holes
+        return 0
+
+    @staticmethod
+    def _clear(pair: _Pair, cleared: DirtyBitmap) -> int:
+        """Make the pages read as zeros, and holes where they did not; return an errno."""
+        zeros = DirtyBitmap.empty(cleared.npages)
+        page_size = pair.destination.page_size
+        # a destination that was preallocated keeps what is zero already
+        kernels.zero_pages(pair.to_memory, page_size, cleared.words, zeros.words)
+        punched = cleared.minus(zeros)
+        error = kernels.punch_pages(pair.fd, page_size, punched.words)
+        if not error:
+            pair.present = pair.present.minus(punched)
+        return int(error)
+
+    async def compare(self) -> Comparison:
+        """Compare all pages of both sides, which stand still. Holes are equal to zeros."""
+        return await self._stoppable(self._compare)
+
+    def _compare(self) -> Comparison:
+        pages = mismatched = 0
+        for pair in self._pairs:
+            # looked up anew: what was kept while sending is not to vouch for itself
+            ours, theirs = pair.source_data(), pair.destination_data()
+            differing = DirtyBitmap.empty(ours.npages)
+            for first, last in _parts(ours | theirs):
+                if self._stop:
+                    break
+                mismatched += kernels.compare_pages(
+                    pair.from_memory,
+                    pair.to_memory,
+                    pair.source.page_size,
+                    ours.words,
+                    theirs.words,
+                    differing.words,
+                    first,
+                    last,
+                )
+            pages += ours.npages
+        return Comparison(pages, mismatched)
+
+    async def close(self) -> None:
+        """Unmap both sides. May be called again."""
+        await in_thread(self._close)
+
+    def _close(self) -> None:
+        for pair in self._pairs:
+            pair.close()
+
+
+def _parts(pages: DirtyBitmap) -> Iterator[tuple[int, int]]:
+    """Slices of words that hold any of the pages: (first word, word after the last)."""
+    words = pages.words
+    starts = np.arange(0, len(words), _PART_WORDS)
+    if not len(starts):
+        return
+    for start in starts[np.logical_or.reduceat(words != 0, starts)]:
+        yield int(start), min(int(start) + _PART_WORDS, len(words))
