@@ -1,0 +1,68 @@
+"""Places for guest RAM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+
+_HUGE_PAGES = 2 * 128 // 2
+
+
+@pytest.fixture
+def tmpfs() -> Iterator[Path]:
+    """A directory on tmpfs that nobody else uses."""
+    require(None if os.access("/dev/shm", os.W_OK) else "no /dev/shm")
+    directory = tempfile.mkdtemp(prefix="test-live-", dir="/dev/shm")
+    try:
+        yield Path(directory)
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory on a file system that is on a disk."""
+    with tempfile.TemporaryDirectory(prefix="test-live-", dir="/var/tmp") as directory:
+        kind = subprocess.check_output(["stat", "-f", "-c", "%T", directory], text=True).strip()
+        require(None if kind in ("ext2/ext3", "xfs") else f"/var/tmp is {kind}, not a disk")
+        yield Path(directory)
+
+
+@pytest.fixture
+def hugetlbfs() -> Iterator[Path]:
+    """A hugetlbfs with pages of 2 MiB, enough for two guests of 128 MiB."""
+    require(None if os.geteuid() == 0 else "only root may reserve huge pages")
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    require(None if pool.exists() else "the kernel has no huge pages of 2 MiB")
+    before = int(pool.read_text())
+    pool.write_text(f"{before + _HUGE_PAGES}")
+    added = int(pool.read_text()) - before
+    try:
+        missing = _HUGE_PAGES - added
+        require(f"memory is short of {missing} huge pages" if missing > 0 else None)
+        with mounted("hugetlbfs", "pagesize=2M") as directory:
+            yield directory
+    finally:
+        pool.write_text(f"{int(pool.read_text()) - added}")  # others may have some meanwhile
+
+
+@contextmanager
+def mounted(kind: str, options: str) -> Iterator[Path]:
+    """Mount a file system that has no device; skip the test where that is not allowed."""
+    with tempfile.TemporaryDirectory(prefix="test-live-") as directory:
+        mount = ["mount", "-t", kind, "-o", options, "none", directory]
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        require(done.stderr.strip() if done.returncode else None)
+        try:
+            yield Path(directory)
+        finally:
+            subprocess.run(["umount", directory], check=True)
