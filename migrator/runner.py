@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,11 +20,14 @@ from migrator.orchestrator import Options, migrate
 from migrator.phases import Phase
 from migrator.policy import Limits
 from migrator.report import Progress, Report
+from migrator.settle import in_thread, settle
 from migrator.vm import RunDirectory, Vm, fill_in
 
 _log = logging.getLogger(__name__)
 _HEARTBEATS = 5  # so many have to be seen on each side
 _GUEST_S = 30.0
+_TERMINATE_S = 3.0  # for a preparation that is given up to end by itself
+_KILL_S = 10.0
 
 
 def cache_directory() -> Path:
@@ -106,11 +111,37 @@ async def _prepare(command: str, here: Path) -> None:
     try:
         status = await process.wait()
     except asyncio.CancelledError:
-        os.killpg(process.pid, signal.SIGTERM)  # also what it has started
-        await process.wait()
+        await settle(_end_group(process), too_late=True)
         raise
     if status:
         raise ConfigError(f"{command!r} ended with {status}", key="prepare")
+
+
+async def _end_group(leader: asyncio.subprocess.Process) -> None:
+    """End a process and all that it has started; return when none of them runs any more."""
+    for ending, patience_s in ((signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, _KILL_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, ending)
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if not await in_thread(_group_runs, leader.pid):
+                await leader.wait()
+                return
+            await asyncio.sleep(0.01)
+
+
+def _group_runs(group: int) -> bool:
+    """Whether a process of the group runs. One that ended and is not reaped yet does not."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 async def _values(config: Config, directory: Path, here: Path) -> dict[str, str]:

@@ -98,6 +98,9 @@ def is_running(pid: int) -> bool:
     [
         "echo $$ > pid; exec sleep 60",
         "sleep 60 & echo $! > pid; wait",
+        # one that takes its time, one that outlives the shell, and one that does not listen
+        "(trap 'sleep 0.3; exit' TERM; sh -c 'echo $PPID' > pid; while :; do sleep 0.01; done) & wait",
+        "(trap '' TERM; sh -c 'echo $PPID' > pid; while :; do sleep 0.01; done) & wait",
     ],
 )
 def test_a_preparation_that_is_cancelled(tmp_path: Path, own_tmp: Path, command: str) -> None:
