@@ -547,14 +547,17 @@ def test_a_file_that_shrinks() -> None:
 
 
 def test_the_page_tables_of_a_dead_process_look_clean() -> None:
+    """Or cannot be looked at: which of the two is a matter of when its memory goes."""
     with populated() as (child, tracker):
         child.store(3)
         child.kill()
-        assert written_or_clean(tracker) == []  # page 3 was written, and nobody knows
+        with contextlib.suppress(SourceError):
+            assert written_or_clean(tracker) == []  # page 3 was written, and nobody knows
         with pytest.raises((MapChanged, OSError)):
             check_unmoved(child.pid, [child.block])
         child.reap()
-        assert written_or_clean(tracker) == []
+        with contextlib.suppress(SourceError):
+            assert written_or_clean(tracker) == []
         with pytest.raises(OSError, match="No such"):
             check_unmoved(child.pid, [child.block])
 

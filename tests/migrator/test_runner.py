@@ -22,6 +22,7 @@ from migrator.errors import ConfigError, MigratorError, QmpUnreachable, Undecide
 from migrator.report import Report
 from migrator.runner import cache_directory, run
 from migrator.vm import Vm
+from tests.processes import is_running
 
 
 @pytest.fixture
@@ -86,21 +87,14 @@ async def written(path: Path) -> None:
         await asyncio.sleep(0.01)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(
     "command",
     [
         "echo $$ > pid; exec sleep 60",
         "sleep 60 & echo $! > pid; wait",
         # one that takes its time, one that outlives the shell, and one that does not listen
-        "(trap 'sleep 0.3; exit' TERM; sh -c 'echo $PPID' > pid; while :; do sleep 0.01; done) & wait",
-        "(trap '' TERM; sh -c 'echo $PPID' > pid; while :; do sleep 0.01; done) & wait",
+        "(trap 'sleep 0.3; exit' TERM; sh -c 'echo $PPID' >pid; while :; do sleep 0.1; done)& wait",
+        "(trap '' TERM; sh -c 'echo $PPID' >pid; while :; do sleep 0.1; done)& wait",
     ],
 )
 def test_a_preparation_that_is_cancelled(tmp_path: Path, own_tmp: Path, command: str) -> None:

@@ -17,6 +17,8 @@ import pytest
 from migrator.errors import VmError
 from migrator.vm import RunDirectory, Vm, fill_in
 from tests.conftest import require
+from tests.processes import is_running
+from tests.tracker.targets import wait_until
 
 # -- command lines ------------------------------------------------------------------------------
 
@@ -189,17 +191,10 @@ def test_a_wrapper_takes_its_children_along(vm: Vm, directory: Path) -> None:
     run(vm, body())
     child = int((directory / "child").read_text())
     try:
-        assert not is_running(child)
+        wait_until(lambda: not is_running(child))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_check_alive(vm: Vm, directory: Path) -> None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from tests.conftest import require
 from tests.live.tracked import HUGE, hugetlbfs
+from tests.processes import is_running
+from tests.tracker.targets import wait_until
 from tracker import probe, trial, uffd
 from tracker.abi import pagemap, userfaultfd
 from tracker.errors import NotTracking, SourceError
@@ -389,8 +391,7 @@ def test_what_a_probe_that_hangs_had_started_is_ended(
     )
     monkeypatch.setattr(probe, "_PROGRAM", start + HANG)
     try_everything(limit_s=2.0)
-    state = Path(f"/proc/{pid.read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    wait_until(lambda: not is_running(int(pid.read_text())))
 
 
 def test_a_probe_that_cannot_be_ended_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
