@@ -13,9 +13,19 @@ The path of a dirty bit, in the order of the modules:
   call of libc
 - :mod:`tracker.extents`  which pages of a block hold data
 - :mod:`tracker.source`   what a dirty source has to promise
-- :mod:`tracker.uffd`, :mod:`tracker.holes`  the sources
+- :mod:`tracker.uffd`, :mod:`tracker.holes`  the sources of what the CPU wrote and QEMU discarded
+- :mod:`tracker.vfio`, :mod:`tracker.iommufd`, :mod:`tracker.devicelog`  the sources of what devices
+  wrote: :mod:`tracker.dma` chooses among them, :mod:`tracker.descriptors` gets at what they read,
+  :mod:`tracker.ioas` is what an iommufd holds, :mod:`tracker.iova` brings a device's addresses to
+  the blocks
+- :mod:`tracker.softdirty`  a source for kernels without asynchronous write-protection:
+  :mod:`tracker.pagemap` reads the bits, :mod:`tracker.frozen` has the process stand still meanwhile
+  (:mod:`tracker.freezer` is who stops it)
 - :mod:`tracker.merge`    several sources become one bitmap a block
 
 Beside it: :mod:`tracker.probe` tries whether the kernel does what all of this relies on, on a
 process of its own (:mod:`tracker.subject`) with the same calls (:mod:`tracker.trial`).
+:mod:`tracker.pins` tries what pinned pages and write-protection owe each other
+(:mod:`tracker.matrix` all of it): :mod:`tracker.pinned` holds on to pages, by way of
+:mod:`tracker.iouring` and :mod:`tracker.fuse`, and :mod:`tracker.watchers` look on.
 """

@@ -153,6 +153,10 @@ class DirtyBitmap:
         union |= other
         return union
 
+    def __and__(self, other: DirtyBitmap) -> DirtyBitmap:
+        self._check_same(other)
+        return DirtyBitmap(self.npages, self.words & other.words)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DirtyBitmap):
             return NotImplemented

@@ -32,6 +32,7 @@ class Holes:
     """
 
     name = "holes"
+    exact = True
 
     def __init__(self, pid: int, blocks: Sequence[RamBlock]) -> None:
         self._pid = pid

@@ -12,7 +12,7 @@ from tracker.errors import InjectionError, TargetGone, UnsupportedMachine
 
 # How much longer than the target's thread may take to stop everything else may take: starting an
 # interpreter on a busy machine, and the injected calls.
-_GRACE_S = 10.0
+_GRACE_S = 60.0
 
 # -S leaves out site-packages with everything that its .pth files import; this package is found
 # where it is, behind the standard library.

@@ -158,6 +158,63 @@ def set_regions(
 
 
 @kernel
+def bits_from(words: Words, first: int) -> Any:
+    """64 bits from bit ``first`` on; those past the last word are zeros."""
+    i, shift = first >> 6, np.uint64(first & 63)
+    low = words[i] >> shift
+    if shift == ZERO or i + 1 == len(words):
+        return low
+    return low | words[i + 1] << (np.uint64(64) - shift)
+
+
+@kernel
+def spread(
+    bits: Words, first: int, nbits: int, bit_size: int, words: Words, page_size: int, offset: int
+) -> None:
+    """Set every page that a set bit touches: from pages of one size to pages of another.
+
+    :param bits: a bitmap of pages of ``bit_size`` bytes, of which only the bits
+        ``first <= bit < first + nbits`` count; what is set elsewhere is ignored
+    :param bit_size: a power of two, in bytes; larger than ``page_size``, equal or smaller
+    :param words: pages are added; the last word may hold fewer than 64 of them, which is the
+        caller's to know: the range has to end within the last page
+    :param page_size: a power of two, in bytes
+    :param offset: where bit ``first`` begins, in bytes from the start of page 0, any number
+    :raise BitmapError: a size that is no power of two, or a range that leaves the bits or the words
+    """
+    if bit_size < 1 or bit_size & (bit_size - 1) or page_size < 1 or page_size & (page_size - 1):
+        raise BitmapError("a page size that is no power of two")
+    if first < 0 or nbits < 0 or first + nbits > 64 * len(bits):
+        raise BitmapError("a range outside the bits")
+    if offset < 0 or offset + nbits * bit_size > 64 * len(words) * page_size:
+        raise BitmapError("a range outside the bitmap")
+    shift = native.trailing_zeros(np.uint64(page_size))
+    aligned = bit_size == page_size and offset & (page_size - 1) == 0
+    for i in range(0, nbits, 64):
+        todo = bits_from(bits, first + i)
+        if nbits - i < 64:
+            todo &= ALL >> np.uint64(64 - (nbits - i))
+        if todo == ZERO:
+            continue
+        if aligned:
+            page = (offset >> shift) + i
+            into, by = page >> 6, np.uint64(page & 63)
+            words[into] |= todo << by
+            if by != ZERO and todo >> (np.uint64(64) - by) != ZERO:
+                words[into + 1] |= todo >> (np.uint64(64) - by)
+            continue
+        while todo != ZERO:  # run by run
+            bit = native.trailing_zeros(todo)
+            length = native.trailing_zeros(~(todo >> np.uint64(bit)))
+            start = offset + (i + bit) * bit_size
+            stop = start + length * bit_size
+            fill(words, start >> shift, (stop + page_size - 1) >> shift)
+            if bit + length == 64:
+                break
+            todo &= ALL << np.uint64(bit + length)
+
+
+@kernel
 def count_runs(words: Words) -> int:
     """Count the maximal runs of set bits."""
     count = 0
@@ -461,6 +518,7 @@ def warm_up() -> None:
     minus_into(words, words)
     set_ranges(words, count, count, 1)
     set_regions(words, np.zeros((1, 3), np.uint64), 1, 0, 4096)
+    spread(words, 0, 1, 4096, words, 4096, 0)
     runs(words)
     seek_data(-1, 0, 4096, words[:0])
     punch_pages(-1, 4096, words)

@@ -6,7 +6,7 @@ several: the union is taken of bitmaps, so that each page counts, and is sent, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tracker.bitmap import DirtyBitmap
@@ -17,24 +17,37 @@ from tracker.errors import SourceError, TrackerError
 class Merged:
     """What all sources together reported.
 
-    :ivar bitmaps: the union, by block; shares nothing with the reports
-    :ivar pages: pages in the union, of all blocks
+    :ivar bitmaps: pages that exact sources reported, by block; shares nothing with the reports
+    :ivar suspects: pages that only other sources reported, by block
+    :ivar pages: pages in both together, of all blocks
     :ivar pages_by_source: pages that each source reported
     :ivar only_by_source: of these, the pages that no other source reported
     """
 
     bitmaps: dict[str, DirtyBitmap]
+    suspects: dict[str, DirtyBitmap]
     pages: int
     pages_by_source: dict[str, int]
     only_by_source: dict[str, int]
 
+    @property
+    def pages_by_several(self) -> int:
+        """Pages that more than one source reported."""
+        return self.pages - sum(self.only_by_source.values())
 
-def merge(npages: Mapping[str, int], reports: Mapping[str, Mapping[str, DirtyBitmap]]) -> Merged:
+
+def merge(
+    npages: Mapping[str, int],
+    reports: Mapping[str, Mapping[str, DirtyBitmap]],
+    inexact: Collection[str] = (),
+) -> Merged:
     """Unite the reports of one collect.
 
     :param npages: number of pages of every block that is being moved
     :param reports: what each source's ``collect()`` returned, by name of source; one or more, and
         each of them covers every block
+    :param inexact: names of the sources that report pages whether they were written or not (see
+        :attr:`tracker.source.DirtySource.exact`)
     :raise SourceError: a source left out a block, or reported an unknown one, or another number of
         pages: nothing it says can be trusted, and nothing is clean
     :raise TrackerError: there is no report at all
@@ -46,12 +59,16 @@ def merge(npages: Mapping[str, int], reports: Mapping[str, Mapping[str, DirtyBit
 
     union = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
     repeated = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
-    for report in reports.values():
+    written = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
+    for source, report in reports.items():
         for block, bitmap in report.items():
-            repeated[block].words |= union[block].words & bitmap.words
+            repeated[block] |= union[block] & bitmap
             union[block] |= bitmap
+            if source not in inexact:
+                written[block] |= bitmap
     return Merged(
-        bitmaps=union,
+        bitmaps=written,
+        suspects={block: union[block].minus(written[block]) for block in npages},
         pages=sum(bitmap.count() for bitmap in union.values()),
         pages_by_source={
             source: sum(bitmap.count() for bitmap in report.values())

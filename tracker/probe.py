@@ -282,9 +282,7 @@ def try_everything(huge_page_size: int = 0, *, limit_s: float = LIMIT_S) -> list
     )
     assert process.stdout is not None
     with process.stdout:
-        outcomes = [
-            Outcome(**json.loads(line)) for line in _lines(process.stdout.fileno(), limit_s)
-        ]
+        outcomes = [Outcome(**json.loads(line)) for line in lines(process.stdout.fileno(), limit_s)]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     stuck = "did not come to an end in time"
@@ -301,7 +299,7 @@ def try_everything(huge_page_size: int = 0, *, limit_s: float = LIMIT_S) -> list
     return outcomes
 
 
-def _lines(fd: int, limit_s: float) -> Iterator[bytes]:
+def lines(fd: int, limit_s: float) -> Iterator[bytes]:
     """What comes out of a pipe, until it ends or nothing has come for so long."""
     rest = b""
     while select.select([fd], [], [], limit_s)[0]:

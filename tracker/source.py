@@ -23,6 +23,15 @@ class DirtySource(Protocol):
     def name(self) -> str:
         """Short, and unique among the sources of a migration: errors and the report use it."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether a page is reported only if something may have written it.
+
+        Known when :meth:`start` has returned. An IOMMU without dirty bits is not exact: it reports
+        all that is mapped, each time. What only such a source reports is not sent but compared,
+        once nothing can write any more.
+        """
+
     def start(self) -> None:
         """Begin to track.
 

@@ -10,11 +10,20 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from errno import EFAULT
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tracker.abi import inotify, pagemap, ptrace, uio, unistd, userfaultfd
+from tracker.abi import (
+    inotify,
+    io_uring,
+    mount,
+    pagemap,
+    ptrace,
+    uio,
+    unistd,
+    userfaultfd,
+)
 
 if TYPE_CHECKING:  # the injector runs from this module, and must start without numpy
     import numpy as np
@@ -60,6 +69,25 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return int(copy)
 
 
+def same_file(pid: int, fd: int, other: int) -> bool:
+    """kcmp(2): whether two descriptors of a process are one open file.
+
+    :raise OSError: ENOSYS where the kernel was built without it
+    """
+    number = unistd.X86_64 if os.uname().machine == "x86_64" else unistd.AARCH64
+    result = _libc.syscall(
+        ctypes.c_long(number.kcmp),
+        ctypes.c_int(pid),
+        ctypes.c_int(pid),
+        ctypes.c_int(unistd.KCMP_FILE),
+        ctypes.c_ulong(fd),
+        ctypes.c_ulong(other),
+    )
+    if result == -1:
+        raise failed("kcmp", ctypes.get_errno())
+    return int(result) == 0
+
+
 def watch_modifications(fds: Sequence[int]) -> int:
     """inotify_init1(2) and, for each file, inotify_add_watch(2) for IN_MODIFY.
 
@@ -90,7 +118,7 @@ def uffd_api(fd: int, features: int) -> int:
     :raise OSError: EINVAL if it lacks one of those wanted
     """
     argument = userfaultfd.uffdio_api(api=userfaultfd.UFFD_API, features=features)
-    _ioctl("UFFDIO_API", fd, userfaultfd.UFFDIO_API, argument)
+    ioctl("UFFDIO_API", fd, userfaultfd.UFFDIO_API, argument)
     return int(argument.features)
 
 
@@ -107,7 +135,7 @@ def uffd_register(fd: int, start: int, length: int, mode: int) -> int:
     argument = userfaultfd.uffdio_register(
         range=userfaultfd.uffdio_range(start=start, len=length), mode=mode
     )
-    _ioctl("UFFDIO_REGISTER", fd, userfaultfd.UFFDIO_REGISTER, argument)
+    ioctl("UFFDIO_REGISTER", fd, userfaultfd.UFFDIO_REGISTER, argument)
     return int(argument.ioctls)
 
 
@@ -118,7 +146,7 @@ def uffd_unregister(fd: int, start: int, length: int) -> None:
     :param length: bytes
     """
     argument = userfaultfd.uffdio_range(start=start, len=length)
-    _ioctl("UFFDIO_UNREGISTER", fd, userfaultfd.UFFDIO_UNREGISTER, argument)
+    ioctl("UFFDIO_UNREGISTER", fd, userfaultfd.UFFDIO_UNREGISTER, argument)
 
 
 def pagemap_scan(
@@ -169,11 +197,16 @@ def pagemap_scan(
         category_anyof_mask=category_anyof_mask,
         return_mask=return_mask,
     )
-    nregions = _ioctl("PAGEMAP_SCAN", fd, pagemap.PAGEMAP_SCAN, argument)
+    nregions = ioctl("PAGEMAP_SCAN", fd, pagemap.PAGEMAP_SCAN, argument)
     return nregions, int(argument.walk_end)
 
 
-def _ioctl(name: str, fd: int, request: int, argument: ctypes.Structure) -> int:
+def ioctl(name: str, fd: int, request: int, argument: ctypes.Structure | bytearray) -> int:
+    """ioctl(2) whose argument is memory that the kernel may write to.
+
+    :param name: of the request, for the error
+    :return: what the call returned
+    """
     try:
         return int(fcntl.ioctl(fd, request, argument))
     except OSError as error:
@@ -203,3 +236,120 @@ def fault_in(pid: int, addresses: NDArray[np.uint64]) -> None:
         )
         if done != len(part):
             raise failed("process_vm_readv", ctypes.get_errno() if done == -1 else EFAULT)
+
+
+def _call(name: str, *arguments: Any) -> int:
+    """syscall(2), of one that libc has no function for."""
+    numbers = unistd.AARCH64 if os.uname().machine == "aarch64" else unistd.X86_64
+    result = _libc.syscall(ctypes.c_long(getattr(numbers, name)), *arguments)
+    if result == -1:
+        raise failed(name, ctypes.get_errno())
+    return int(result)
+
+
+def vmsplice(pipe: int, address: int, length: int) -> int:
+    """vmsplice(2): put memory of ours into a pipe, without copying it.
+
+    :param pipe: the end that is written to
+    :param length: bytes
+    :return: bytes that are in the pipe now
+    :raise OSError: it cannot be
+    """
+    vector = uio.iovec(address, length)
+    return _call(
+        "vmsplice",
+        ctypes.c_int(pipe),
+        ctypes.byref(vector),
+        ctypes.c_ulong(1),
+        ctypes.c_uint(0),
+    )
+
+
+def io_uring_setup(entries: int, params: io_uring.io_uring_params) -> int:
+    """io_uring_setup(2).
+
+    :param entries: how many requests the submission queue holds
+    :param params: wanted; filled in by the kernel
+    :return: the ring's descriptor, close-on-exec
+    :raise OSError: EPERM where ``kernel.io_uring_disabled`` says so; ENOSYS in kernels without
+    """
+    return _call("io_uring_setup", ctypes.c_uint(entries), ctypes.byref(params))
+
+
+def io_uring_enter(ring: int, submit: int, complete: int) -> int:
+    """io_uring_enter(2) with IORING_ENTER_GETEVENTS.
+
+    :param submit: how many requests to take from the queue
+    :param complete: how many completions to wait for
+    :return: how many were taken
+    :raise OSError: none could be
+    """
+    return _call(
+        "io_uring_enter",
+        ctypes.c_int(ring),
+        ctypes.c_uint(submit),
+        ctypes.c_uint(complete),
+        ctypes.c_uint(io_uring.IORING_ENTER_GETEVENTS),
+        ctypes.c_void_p(None),
+        ctypes.c_size_t(0),
+    )
+
+
+def io_uring_register_buffers(ring: int, buffers: Sequence[tuple[int, int]]) -> None:
+    """io_uring_register(2) with IORING_REGISTER_BUFFERS: pin memory until the ring is closed.
+
+    :param buffers: address and length in bytes of each
+    :raise OSError: ENOMEM past RLIMIT_MEMLOCK; EOPNOTSUPP for files that are not in memory
+    """
+    vectors = (uio.iovec * len(buffers))(*(uio.iovec(*buffer) for buffer in buffers))
+    _call(
+        "io_uring_register",
+        ctypes.c_int(ring),
+        ctypes.c_uint(io_uring.IORING_REGISTER_BUFFERS),
+        ctypes.byref(vectors),
+        ctypes.c_uint(len(buffers)),
+    )
+
+
+def mount_detached(kind: str, options: Mapping[str, str]) -> int:
+    """fsopen(2), fsconfig(2) and fsmount(2): a mount that has no place, and ends when it is closed.
+
+    :param kind: of file system
+    :return: the mount's descriptor, close-on-exec
+    :raise OSError: EPERM without CAP_SYS_ADMIN; ENODEV if the kernel has no such file system
+    """
+    context = _call("fsopen", ctypes.c_char_p(kind.encode()), ctypes.c_uint(mount.FSOPEN_CLOEXEC))
+    try:
+        for key, value in options.items():
+            _fsconfig(context, mount.FSCONFIG_SET_STRING, key.encode(), value.encode())
+        _fsconfig(context, mount.FSCONFIG_CMD_CREATE, None, None)
+        return _call(
+            "fsmount", ctypes.c_int(context), ctypes.c_uint(mount.FSMOUNT_CLOEXEC), ctypes.c_uint(0)
+        )
+    finally:
+        os.close(context)
+
+
+def _fsconfig(context: int, command: int, key: bytes | None, value: bytes | None) -> None:
+    _call(
+        "fsconfig",
+        ctypes.c_int(context),
+        ctypes.c_uint(command),
+        ctypes.c_char_p(key),
+        ctypes.c_char_p(value),
+        ctypes.c_int(0),
+    )
+
+
+def uffd_writeprotect(fd: int, start: int, length: int, mode: int) -> None:
+    """UFFDIO_WRITEPROTECT: protect a range, or lift its protection and wake whoever waits for that.
+
+    :param start: address in the process that the userfaultfd was made in
+    :param length: bytes
+    :param mode: UFFDIO_WRITEPROTECT_MODE_WP to protect, 0 to lift
+    :raise OSError: EAGAIN while the mappings change; ENOENT where nothing is registered
+    """
+    argument = userfaultfd.uffdio_writeprotect(
+        range=userfaultfd.uffdio_range(start=start, len=length), mode=mode
+    )
+    ioctl("UFFDIO_WRITEPROTECT", fd, userfaultfd.UFFDIO_WRITEPROTECT, argument)

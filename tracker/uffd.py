@@ -42,6 +42,7 @@ class UffdAsync:
     """
 
     name = "uffd"
+    exact = True
 
     def __init__(self, pid: int, blocks: Sequence[RamBlock]) -> None:
         self._pid = pid

@@ -42,6 +42,15 @@ def _overlap(page: int, start: int, end: int, page_size: int) -> bool:
     return max(start, page * page_size) < min(end, (page + 1) * page_size)
 
 
+def spread(bits: set[int], bit_size: int, page_size: int, offset: int) -> set[int]:
+    """Pages that the bits touch; bit 0 begins ``offset`` bytes into page 0."""
+    found: set[int] = set()
+    for bit in bits:
+        start = offset + bit * bit_size
+        found |= touched(start, start + bit_size, page_size)
+    return found
+
+
 def zeros(memory: bytes, page_size: int) -> set[int]:
     pages = range(len(memory) // page_size)
     return {p for p in pages if not any(memory[p * page_size : (p + 1) * page_size])}

@@ -12,7 +12,21 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import require
-from tracker.abi import inotify, ioctl, pagemap, ptrace, rseq, uio, unistd, userfaultfd
+from tracker.abi import (
+    fuse,
+    inotify,
+    io_uring,
+    ioctl,
+    iommufd,
+    mount,
+    pagemap,
+    ptrace,
+    rseq,
+    uio,
+    unistd,
+    userfaultfd,
+    vfio,
+)
 
 # What Debian 12's headers (Linux 6.1) do not have yet, as the headers that do have it say. With
 # newer headers the compiler is asked instead.
@@ -34,6 +48,38 @@ NEWER_CONSTANTS = {
     "PAGE_IS_SOFT_DIRTY": 0x80,
     "PM_SCAN_WP_MATCHING": 0x1,
     "PM_SCAN_CHECK_WPASYNC": 0x2,
+    # include/uapi/linux/iommufd.h, v6.7
+    "IOMMUFD_TYPE": ord(";"),
+    "IOMMU_DESTROY": ord(";") << 8 | 0x80,
+    "IOMMU_IOAS_ALLOC": ord(";") << 8 | 0x81,
+    "IOMMU_IOAS_COPY": ord(";") << 8 | 0x83,
+    "IOMMU_IOAS_IOVA_RANGES": ord(";") << 8 | 0x84,
+    "IOMMU_GET_HW_INFO": ord(";") << 8 | 0x8A,
+    "IOMMU_HWPT_SET_DIRTY_TRACKING": ord(";") << 8 | 0x8B,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": ord(";") << 8 | 0x8C,
+    "IOMMU_IOAS_MAP_FIXED_IOVA": 0x1,
+    "IOMMU_IOAS_MAP_WRITEABLE": 0x2,
+    "IOMMU_IOAS_MAP_READABLE": 0x4,
+    "IOMMU_HWPT_DIRTY_TRACKING_ENABLE": 0x1,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR": 0x1,
+    "IOMMU_HW_CAP_DIRTY_TRACKING": 0x1,
+    # fs/proc/task_mmu.c: in no header, as documented in admin-guide/mm/pagemap.rst
+    "PM_SOFT_DIRTY": 0x80000000000000,
+    "PM_UFFD_WP": 0x200000000000000,
+    "PM_SWAP": 0x4000000000000000,
+    "PM_PRESENT": 0x8000000000000000,
+    "CLEAR_REFS_SOFT_DIRTY": 4,
+}
+
+# Members of an enum, which the preprocessor does not know, and a macro of the same header.
+ENUMERATED = {
+    "KCMP_FILE": "_LINUX_KCMP_H",
+    "IOMMU_IOAS_MAP_FIXED_IOVA": "IOMMU_HWPT_GET_DIRTY_BITMAP",
+    "IOMMU_IOAS_MAP_WRITEABLE": "IOMMU_HWPT_GET_DIRTY_BITMAP",
+    "IOMMU_IOAS_MAP_READABLE": "IOMMU_HWPT_GET_DIRTY_BITMAP",
+    "IOMMU_HWPT_DIRTY_TRACKING_ENABLE": "IOMMU_HWPT_GET_DIRTY_BITMAP",
+    "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR": "IOMMU_HWPT_GET_DIRTY_BITMAP",
+    "IOMMU_HW_CAP_DIRTY_TRACKING": "IOMMU_HWPT_GET_DIRTY_BITMAP",
 }
 
 INCLUDES = """
@@ -41,11 +87,19 @@ INCLUDES = """
 #include <stdio.h>
 #include <linux/elf.h>
 #include <linux/fs.h>
+#if __has_include(<linux/iommufd.h>)
+#include <linux/iommufd.h>
+#endif
+#include <linux/kcmp.h>
+#include <linux/fuse.h>
+#include <linux/io_uring.h>
+#include <linux/mount.h>
 #include <sys/inotify.h>
 #include <linux/ptrace.h>
 #include <linux/rseq.h>
 #include <linux/uio.h>
 #include <linux/userfaultfd.h>
+#include <linux/vfio.h>
 #include <sys/syscall.h>
 #include <sys/user.h>
 """
@@ -59,6 +113,34 @@ struct pm_scan_arg {
     __u64 category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #endif
+#ifndef IOMMU_HWPT_GET_DIRTY_BITMAP /* include/uapi/linux/iommufd.h, v6.7 */
+struct iommu_destroy { __u32 size, id; };
+struct iommu_ioas_alloc { __u32 size, flags, out_ioas_id; };
+struct iommu_ioas_iova_ranges {
+    __u32 size, ioas_id, num_iovas, __reserved;
+    __aligned_u64 allowed_iovas, out_iova_alignment;
+};
+struct iommu_ioas_copy {
+    __u32 size, flags, dst_ioas_id, src_ioas_id;
+    __aligned_u64 length, dst_iova, src_iova;
+};
+struct iommu_hw_info {
+    __u32 size, flags, dev_id, data_len;
+    __aligned_u64 data_uptr;
+    __u32 out_data_type;
+    __u8 out_max_pasid_log2, __reserved[3];
+    __aligned_u64 out_capabilities;
+};
+struct iommu_hwpt_set_dirty_tracking { __u32 size, flags, hwpt_id, __reserved; };
+struct iommu_hwpt_get_dirty_bitmap {
+    __u32 size, hwpt_id, flags, __reserved;
+    __aligned_u64 iova, length, page_size, data;
+};
+#endif
+struct vfio_iommu_type1_get_bitmap { /* the argument with what it ends in */
+    struct vfio_iommu_type1_dirty_bitmap head;
+    struct vfio_iommu_type1_dirty_bitmap_get get;
+};
 /* arch/arm64/include/uapi/asm/ptrace.h */
 struct user_pt_regs { __u64 regs[31]; __u64 sp; __u64 pc; __u64 pstate; };
 """
@@ -70,10 +152,24 @@ def _constants(module: ModuleType, prefixes: tuple[str, ...]) -> dict[str, int]:
 
 CONSTANTS = {
     **_constants(userfaultfd, ("UFFD", "USERFAULTFD")),
-    **_constants(pagemap, ("PAGE", "PM_")),
+    **_constants(pagemap, ("PAGE", "PM_", "CLEAR_")),
     **_constants(inotify, ("IN_",)),
     **_constants(ptrace, ("PTRACE_", "NT_")),
+    **_constants(vfio, ("VFIO_",)),
+    **_constants(iommufd, ("IOMMU_", "IOMMUFD_")),
+    "KCMP_FILE": unistd.KCMP_FILE,
+    **_constants(io_uring, ("IORING_",)),
+    **_constants(fuse, ("FUSE_", "FOPEN_")),
+    **_constants(mount, ("FS",)),
     **{f"PTRACE_{request.name}": int(request) for request in ptrace.Request},
+}
+
+# Enumerators in C: no macros, which could be asked for with #ifdef.
+ENUMERATORS = {
+    name
+    for name in CONSTANTS
+    if name.startswith(("IORING_OP_", "IORING_REGISTER_", "IORING_UNREGISTER_", "FSCONFIG_"))
+    or (name.startswith("FUSE_") and name not in ("FUSE_KERNEL_VERSION", "FUSE_MIN_READ_BUFFER"))
 }
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
@@ -90,6 +186,41 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     rseq.rseq,
     rseq.rseq_cs,
     uio.iovec,
+    vfio.vfio_info_cap_header,
+    vfio.vfio_iommu_type1_info,
+    vfio.vfio_iova_range,
+    vfio.vfio_iommu_type1_info_cap_iova_range,
+    vfio.vfio_iommu_type1_info_cap_migration,
+    vfio.vfio_iommu_type1_info_dma_avail,
+    vfio.vfio_bitmap,
+    vfio.vfio_iommu_type1_dirty_bitmap,
+    vfio.vfio_iommu_type1_dirty_bitmap_get,
+    vfio.vfio_iommu_type1_get_bitmap,
+    vfio.vfio_device_feature,
+    vfio.vfio_device_feature_dma_logging_control,
+    vfio.vfio_device_feature_dma_logging_range,
+    vfio.vfio_device_feature_dma_logging_report,
+    iommufd.iommu_destroy,
+    iommufd.iommu_ioas_alloc,
+    iommufd.iommu_ioas_iova_ranges,
+    iommufd.iommu_ioas_copy,
+    iommufd.iommu_hw_info,
+    iommufd.iommu_hwpt_set_dirty_tracking,
+    iommufd.iommu_hwpt_get_dirty_bitmap,
+    io_uring.io_uring_sqe,
+    io_uring.io_uring_cqe,
+    io_uring.io_sqring_offsets,
+    io_uring.io_cqring_offsets,
+    io_uring.io_uring_params,
+    fuse.fuse_in_header,
+    fuse.fuse_out_header,
+    fuse.fuse_init_out,
+    fuse.fuse_attr,
+    fuse.fuse_attr_out,
+    fuse.fuse_open_out,
+    fuse.fuse_read_in,
+    fuse.fuse_write_in,
+    fuse.fuse_write_out,
 )
 
 # Where C has more than one name on the way to a field.
@@ -101,7 +232,9 @@ OPEN_ENDED = {rseq.rseq}
 
 
 def _fields(structure: type[ctypes.Structure]) -> list[str]:
-    return [field[0] for field in structure._fields_]
+    """All but those that are kept free, which newer headers put to use under another name."""
+    names = [field[0] for field in structure._fields_]
+    return [name for name in names if not name.startswith(("resv", "padding", "unused"))]
 
 
 def _output_of(program: str, directory: Path) -> dict[str, int]:
@@ -119,9 +252,9 @@ def c(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     require(None if os.uname().machine == "x86_64" else "the probe needs x86-64 headers")
     body = []
     for name in CONSTANTS:
-        body.append(
-            f'#ifdef {name}\nprintf("{name} %#llx\\n", (unsigned long long){name});\n#endif'
-        )
+        said = f'printf("{name} %#llx\\n", (unsigned long long){name});'
+        condition = ENUMERATED.get(name, name)
+        body.append(said if name in ENUMERATORS else f"#ifdef {condition}\n{said}\n#endif")
     for structure in STRUCTURES:
         tag = structure.__name__
         body.append(f'printf("{tag} %zu\\n", sizeof(struct {tag}));')

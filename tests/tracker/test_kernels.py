@@ -105,6 +105,61 @@ def test_set_ranges(data: st.DataObject) -> None:
     assert naive.pages_of(words) == wanted
 
 
+SIZES = st.sampled_from([512, 1024, 2048, 4096, 8192, 65536, 1 << 18])
+
+
+@given(st.data(), SIZES, SIZES)
+def test_spread(data: st.DataObject, bit_size: int, page_size: int) -> None:
+    """Any place in the bits, any offset of the block, IO pages larger, smaller or of one size."""
+    nbits = data.draw(NPAGES)
+    before_bits, after_bits = data.draw(st.integers(0, 130)), data.draw(st.integers(0, 70))
+    bits = data.draw(subsets(before_bits + nbits + after_bits))  # noise around what counts
+    unit = data.draw(st.sampled_from([1, 512, page_size]))
+    offset = unit * data.draw(st.integers(0, 200))
+    npages = max(1, -(-(offset + nbits * bit_size) // page_size)) + data.draw(st.integers(0, 70))
+    already = data.draw(st.sets(st.integers(0, npages - 1), max_size=5))
+    words = naive.words_of(already, npages)
+    kernels.spread(
+        naive.words_of(bits, before_bits + nbits + after_bits),
+        before_bits,
+        nbits,
+        bit_size,
+        words,
+        page_size,
+        offset,
+    )
+    counted = {bit - before_bits for bit in bits if before_bits <= bit < before_bits + nbits}
+    assert naive.pages_of(words) == already | naive.spread(counted, bit_size, page_size, offset)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bit_size": 0},
+        {"bit_size": 3000},
+        {"page_size": 0},
+        {"page_size": 4095},
+        {"first": -1},
+        {"first": 65},
+        {"nbits": -1},
+        {"nbits": 129},
+        {"offset": -1},
+        {"offset": 1},
+        {"offset": 4096 * 65},
+    ],
+)
+def test_spread_refuses_what_does_not_fit(change: dict[str, int]) -> None:
+    fitting = {"first": 64, "nbits": 64, "bit_size": 4096, "page_size": 4096, "offset": 0}
+    bits, words = np.zeros(2, np.uint64), np.zeros(1, np.uint64)
+
+    def spread(first: int, nbits: int, bit_size: int, page_size: int, offset: int) -> None:
+        kernels.spread(bits, first, nbits, bit_size, words, page_size, offset)
+
+    spread(**fitting)
+    with pytest.raises(BitmapError):
+        spread(**fitting | change)
+
+
 @given(st.data(), st.sampled_from([4096, 1 << 21]), st.sampled_from([0, 0x7F12_3456_7000]))
 def test_set_regions_never_under_reports(data: st.DataObject, page_size: int, base: int) -> None:
     npages = data.draw(NPAGES)
@@ -505,6 +560,7 @@ a, b, c = DirtyBitmap.empty(65), DirtyBitmap.full(65), DirtyBitmap.from_pages(65
 regions = np.zeros((2, 3), np.uint64)
 regions[0] = 0x7f00_0000_0000, 0x7f00_0000_2000, 1
 a.set_regions(regions, 1, 0x7f00_0000_0000, 4096)
+kernels.spread(c.words, 1, 64, 4096, a.words, 4096, 0)
 kernels.set_regions(a.words, regions, 1, 0x7f00_0000_0000, 4096)
 assert kernels.seek_data(fd, 65, 4096, c.words) == 0
 a |= b | c
@@ -539,7 +595,8 @@ def test_nothing_is_compiled_after_warm_up(warm: bool) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
 def test_the_same_as_plain_python() -> None:
     modules = [
-        str(Path(__file__).with_name(f"test_{m}.py")) for m in ("kernels", "bitmap", "merge")
+        str(Path(__file__).with_name(f"test_{m}.py"))
+        for m in ("kernels", "bitmap", "iova", "merge")
     ]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules],

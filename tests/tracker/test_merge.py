@@ -28,6 +28,25 @@ def test_a_page_counts_once() -> None:
     assert merged.only_by_source == {"cpu": 2, "dma": 2}
 
 
+def test_what_only_an_inexact_source_reports_is_suspect() -> None:
+    reports = {"cpu": report({1, 2}), "dma": report({2, 3}, {7}), "more": report({3, 4})}
+    merged = merge(NPAGES, reports, {"dma", "more"})
+    assert naive.pages_of(merged.bitmaps["ram0"].words) == {1, 2}
+    assert naive.pages_of(merged.suspects["ram0"].words) == {3, 4}
+    assert naive.pages_of(merged.bitmaps["ram1"].words) == set()
+    assert naive.pages_of(merged.suspects["ram1"].words) == {7}
+    assert merged.pages == 5
+    assert merged.pages_by_source == {"cpu": 2, "dma": 3, "more": 2}
+    assert merged.only_by_source == {"cpu": 1, "dma": 1, "more": 1}
+    assert merged.pages_by_several == 2
+
+
+def test_no_page_is_suspect_where_all_are_exact() -> None:
+    merged = merge(NPAGES, {"cpu": report({1, 2}), "dma": report({2, 3})})
+    assert not any(pages.any() for pages in merged.suspects.values())
+    assert merged.pages_by_several == 1
+
+
 @st.composite
 def many_reports(draw: st.DrawFn) -> list[dict[str, set[int]]]:
     ram0, ram1 = st.sets(st.integers(0, 129)), st.sets(st.integers(0, 63))

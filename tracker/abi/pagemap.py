@@ -23,6 +23,15 @@ PAGE_IS_SOFT_DIRTY = 1 << 7
 PM_SCAN_WP_MATCHING = 1 << 0  # write-protect the pages that are reported
 PM_SCAN_CHECK_WPASYNC = 1 << 1  # EPERM where a page is not registered for asynchronous tracking
 
+# Bits of the 64-bit entries that read(2) returns, one a page (fs/proc/task_mmu.c; described in
+# Documentation/admin-guide/mm/pagemap.rst).
+PM_SOFT_DIRTY = 1 << 55  # in v3.11
+PM_UFFD_WP = 1 << 57  # in v5.14
+PM_SWAP = 1 << 62
+PM_PRESENT = 1 << 63
+
+CLEAR_REFS_SOFT_DIRTY = 4  # written to /proc/PID/clear_refs, as decimal digits
+
 
 class page_region(ctypes.Structure):
     """One run of pages of the same categories: addresses in bytes, ``end`` exclusive."""
