@@ -1,4 +1,4 @@
-"""The machine code of the workload guest: one x86 boot sector, assembled here byte by byte.
+"""The machine code of the workload guest: an x86 boot sector, assembled here byte by byte.
 
 The BIOS loads the sector at 0x7C00 in real mode. It switches to flat 32-bit protected mode and
 then lives in two places only:
@@ -19,15 +19,20 @@ ecx   pages left in this tick; <= 0: none    ebp   ticks until the next heartbea
 esi   fraction of a page carried over        eax, edx   the handler's own
 ====  =====================================  ====  =====================================
 
-Memory written: the working set, and a dozen bytes of stack below 0x7000. The stack is not in the
-sector's own page, as TCG throws translated code away when its page is written.
+Memory written: the working set, and a few dozen bytes of stack below 0x7000. The stack is not in
+the sector's own page, as TCG throws translated code away when its page is written.
+
+If a device is to write memory as well, a second sector holds its driver (:mod:`migrator.edu`). The
+first then begins by loading it, calls ``find_edu`` before the walk, and ``run_edu`` at each tick.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SECTOR_SIZE = 512
+from migrator import edu
+from migrator.assembly import SECTOR_SIZE, Assembly
+
 PIT_HZ = 1_193_182
 
 FULL_SPEED = 0x7FFF_FFFF
@@ -49,6 +54,7 @@ class Parameters:
     :ivar ticks_per_heartbeat: at least 1
     :ivar budget: pages a tick, up to :data:`FULL_SPEED`
     :ivar budget_fraction: and so many 2**-32ths of a page
+    :ivar dma: what the ``edu`` device is to write, if it is
     """
 
     start: int
@@ -57,63 +63,12 @@ class Parameters:
     ticks_per_heartbeat: int
     budget: int
     budget_fraction: int
-
-
-class _Sector:
-    """Collects bytes; labels may be used before they are placed.
-
-    :ivar listing: the same program in GNU assembler's Intel syntax
-    """
-
-    def __init__(self) -> None:
-        self.code = bytearray()
-        self.listing: list[str] = []
-        self._labels: dict[str, int] = {}
-        self._fixups: list[tuple[int, int, str, str]] = []
-
-    def label(self, name: str, offset: int = 0) -> None:
-        self._labels[name] = _ORIGIN + len(self.code) + offset
-        self.listing.append(f"{name} = . + {offset}" if offset else f"{name}:")
-
-    def op(self, encoding: str, mnemonic: str) -> None:
-        """Append an instruction.
-
-        :param encoding: hex bytes; ``imm32:n`` is a number, ``rel8:label`` the distance to a
-            label and ``abs16:label`` its address, each of as many bits as its name says
-        :param mnemonic: the same for people; the tests assemble it and compare
-        """
-        self.listing.append(f"    {mnemonic}")
-        for part in encoding.split():
-            kind, _, value = part.partition(":")
-            if not value:
-                self.code += bytes.fromhex(part)
-                continue
-            size = int(kind[3:]) // 8
-            if kind.startswith("imm"):
-                self.code += int(value).to_bytes(size, "little")
-            else:
-                self._fixups.append((len(self.code), size, kind[:3], value))
-                self.code += bytes(size)
-
-    def finish(self) -> bytes:
-        """Resolve the labels; pad to a sector with the boot signature.
-
-        :raise OverflowError: a jump is too far
-        :raise ValueError: the code does not fit
-        """
-        for at, size, kind, name in self._fixups:
-            value = self._labels[name]
-            if kind == "rel":
-                value -= _ORIGIN + at + size
-            self.code[at : at + size] = value.to_bytes(size, "little", signed=kind == "rel")
-        if len(self.code) > SECTOR_SIZE - 2:
-            raise ValueError(f"{len(self.code)} bytes of code do not fit a boot sector")
-        return bytes(self.code).ljust(SECTOR_SIZE - 2, b"\0") + b"\x55\xaa"
+    dma: edu.Region | None = None
 
 
 def assemble(parameters: Parameters) -> bytes:
-    """:return: the boot sector, 512 bytes ending in 55 AA."""
-    return _program(parameters).finish()
+    """:return: the boot sector, 512 bytes ending in 55 AA; with ``dma`` also the next sector."""
+    return _program(parameters).finish(SECTOR_SIZE * (2 if parameters.dma else 1))
 
 
 def listing(parameters: Parameters) -> str:
@@ -121,18 +76,41 @@ def listing(parameters: Parameters) -> str:
     return "\n".join([".intel_syntax noprefix", *_program(parameters).listing, ""])
 
 
-def _program(p: Parameters) -> _Sector:
-    s = _Sector()
+def _program(p: Parameters) -> Assembly:
+    s = Assembly(_ORIGIN)
+    s.listing.append(".code16")
+    if p.dma:
+        _load_second_sector(s)
     _enter_protected_mode(s)
     _start_timer(s, p)
+    if p.dma:
+        s.op("e8 rel32:find_edu", "call find_edu")
     _walk(s, p)
     _tick(s, p)
     _tables(s)
+    s.end_boot_sector()
+    if p.dma:
+        edu.find_edu(s, p.dma)
+        edu.run_edu(s, p.dma)
     return s
 
 
-def _enter_protected_mode(s: _Sector) -> None:
-    s.listing.append(".code16")
+def _load_second_sector(s: Assembly) -> None:
+    """Read it to where it belongs, behind the first; the BIOS has left its drive in dl."""
+    s.op("31 c0", "xor ax, ax")
+    s.op("8e c0", "mov es, ax")
+    s.op("8e d0", "mov ss, ax")  # no interrupt until after the next instruction
+    s.op(f"bc imm16:{_STACK}", f"mov sp, {_STACK}")
+    s.label("load")
+    s.op("b8 01 02", "mov ax, 0x0201")  # read, one sector
+    s.op(f"bb imm16:{_ORIGIN + SECTOR_SIZE}", f"mov bx, {_ORIGIN + SECTOR_SIZE}")
+    s.op("b9 02 00", "mov cx, 2")  # cylinder 0, sector 2: they count from 1
+    s.op("b6 00", "mov dh, 0")  # head 0
+    s.op("cd 13", "int 0x13")
+    s.op("72 rel8:load", "jc load")
+
+
+def _enter_protected_mode(s: Assembly) -> None:
     s.op("fa", "cli")
     s.op("31 c0", "xor ax, ax")
     s.op("8e d8", "mov ds, ax")
@@ -155,7 +133,7 @@ def _enter_protected_mode(s: _Sector) -> None:
     s.op("0f 01 1d abs32:idtr", "lidt [idtr]")
 
 
-def _start_timer(s: _Sector, p: Parameters) -> None:
+def _start_timer(s: Assembly, p: Parameters) -> None:
     """Let through the timer interrupt alone, every ``pit_divisor`` clocks."""
     _out(s, 0x20, 0x11)  # first PIC, ICW1: edge-triggered, cascaded, ICW4 follows
     _out(s, 0x21, _TICK_VECTOR)  # ICW2: IRQ 0 is this vector
@@ -168,12 +146,12 @@ def _start_timer(s: _Sector, p: Parameters) -> None:
     _out(s, 0x40, p.pit_divisor >> 8)
 
 
-def _out(s: _Sector, port: int, value: int) -> None:
+def _out(s: Assembly, port: int, value: int) -> None:
     s.op(f"b0 imm8:{value}", f"mov al, {value}")
     s.op(f"e6 imm8:{port}", f"out {port}, al")
 
 
-def _walk(s: _Sector, p: Parameters) -> None:
+def _walk(s: Assembly, p: Parameters) -> None:
     s.op("31 db", "xor ebx, ebx")
     s.op("31 c9", "xor ecx, ecx")
     s.op("31 f6", "xor esi, esi")
@@ -204,9 +182,11 @@ def _walk(s: _Sector, p: Parameters) -> None:
     s.op("eb rel8:walk", "jmp walk")
 
 
-def _tick(s: _Sector, p: Parameters) -> None:
+def _tick(s: Assembly, p: Parameters) -> None:
     s.label("tick")
     _out(s, 0x20, 0x20)  # end of interrupt
+    if p.dma:
+        s.op("e8 rel32:run_edu", "call run_edu")
     s.op("4d", "dec ebp")
     s.op("75 rel8:refill", "jnz refill")
     s.op(f"bd imm32:{p.ticks_per_heartbeat}", f"mov ebp, {p.ticks_per_heartbeat}")
@@ -251,7 +231,7 @@ def _tick(s: _Sector, p: Parameters) -> None:
     s.op("c3", "ret")
 
 
-def _tables(s: _Sector) -> None:
+def _tables(s: Assembly) -> None:
     s.label("gdt")
     s.op("imm32:0 imm32:0", ".quad 0")
     # Base 0, limit 4 GiB, ring 0, already marked as accessed: the CPU need not write here.

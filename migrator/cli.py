@@ -82,6 +82,14 @@ def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _memory_only_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--memory-only",
+        is_flag=True,
+        help="Rehearse: move and compare RAM, hand nothing over, let the source go on.",
+    )(command)
+
+
 class _SizeType(click.ParamType[int]):
     name = "size"
 
@@ -173,8 +181,9 @@ def demo(
 @main.command()
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--verify", is_flag=True, help="Compare all RAM, whatever the file says.")
+@_memory_only_option
 @_json_option
-def run(config: Path, verify: bool, as_json: bool) -> None:
+def run(config: Path, verify: bool, memory_only: bool, as_json: bool) -> None:
     """Migrate as a YAML file says: start its command lines, or attach to its sockets.
 
     configs/demo.yaml explains every key.
@@ -186,8 +195,9 @@ def run(config: Path, verify: bool, as_json: bool) -> None:
         wanted = load(config)
     except ConfigError as error:
         _fail(error, as_json)
-    if verify:
-        migration = wanted.migration.model_copy(update={"verify": True})
+    said = {"verify": verify, "memory_only": memory_only}
+    if overrides := {key: True for key, asked in said.items() if asked}:
+        migration = wanted.migration.model_copy(update=overrides)
         wanted = wanted.model_copy(update={"migration": migration})
     _run_config(wanted, config.resolve().parent, as_json)
 
@@ -202,12 +212,14 @@ def run(config: Path, verify: bool, as_json: bool) -> None:
     "-incoming defer.",
 )
 @click.option("--verify", is_flag=True, help="Compare all RAM before the destination runs.")
+@_memory_only_option
 @_limit_options
 @_json_option
 def migrate(
     source: str,
     destination: str,
     verify: bool,
+    memory_only: bool,
     downtime_limit: float,
     max_rounds: int,
     max_seconds: float,
@@ -227,6 +239,7 @@ def migrate(
     options = Options(
         limits=Limits(downtime_limit, max_rounds, max_seconds, on_limit),  # type: ignore[arg-type]
         verify=verify,
+        memory_only=memory_only,
     )
     with Display() as display:
         _conclude(do_migrate(source, destination, options, watch=display.show), display, as_json)
@@ -234,20 +247,39 @@ def migrate(
 
 @main.command()
 @click.option("--qemu", default="qemu-system-x86_64", show_default=True, help="The QEMU to try.")
+@click.option(
+    "--pins", is_flag=True, help="Try what this kernel does with pinned pages instead; no QEMU."
+)
 @_json_option
-def doctor(qemu: str, as_json: bool) -> None:
-    """Check whether this host is able to: each check passed, or with its mend."""
-    import asyncio
+def doctor(qemu: str, pins: bool, as_json: bool) -> None:
+    """Check whether this host is able to: each check passed, or with its mend.
 
-    from migrator import doctor as room
+    With --pins: a table of what pins and write-protection owe each other, made by trying it on
+    every kind of memory. It exits with 1 if something that migrations rely on does not hold.
+    """
+    import asyncio
 
     # as Ctrl-C, which leaves nothing behind
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if pins:
+        _pins(as_json)
+    from migrator import doctor as room
+
     checks = asyncio.run(room.examine(qemu))
     room.show(checks)
     if as_json:
         print(json.dumps(room.as_json(checks)))
     sys.exit(0 if room.able(checks) else 1)
+
+
+def _pins(as_json: bool) -> NoReturn:
+    from migrator import pins as room
+
+    experiments = room.try_pins()
+    room.show(experiments)
+    if as_json:
+        print(json.dumps(room.as_json(experiments)))
+    sys.exit(1 if room.trouble(experiments) else 0)
 
 
 def _run_config(config: Config, here: Path, as_json: bool) -> None:

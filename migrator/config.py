@@ -111,6 +111,7 @@ class MigrationConfig(_Strict):
     max_seconds: float = Field(default=300.0, gt=0)
     on_limit: Literal["force", "abort"] = "abort"
     verify: bool = False
+    memory_only: bool = False
     settle_s: float = Field(default=0.5, ge=0)
 
 

@@ -76,8 +76,9 @@ def summary(report: Report, console: Console) -> None:
     """Print what a migration did."""
     if report.status == "completed":
         downtime = f"{report.downtime_ms:.1f} ms" if report.downtime_ms is not None else "none"
+        word = "rehearsed (the source runs on)" if report.memory_only else "completed"
         console.print(
-            f"[bold green]completed[/] in {report.total_ms:,.0f} ms, downtime [bold]{downtime}[/]"
+            f"[bold green]{word}[/] in {report.total_ms:,.0f} ms, downtime [bold]{downtime}[/]"
         )
     else:
         console.print(f"[bold red]{report.status}[/]: ", end="")
@@ -96,7 +97,17 @@ def _facts(report: Report) -> Table:
         "sent", f"{report.pages_sent:,} pages, {report.bytes_sent / (1 << 20):,.1f} MiB copied"
     )
     table.add_row("while it stood still", f"{report.final_pages:,} pages")
-    if report.device_state_bytes is not None:
+    only = _only_by(report)
+    if only.keys() - {"uffd", "holes"}:
+        seen = ", ".join(f"only by {name} {pages:,}" for name, pages in only.items())
+        several = sum(r.pages_by_several for r in report.rounds)
+        table.add_row("pages reported", f"{seen}, by several {several:,}")
+    if report.compared_pages:
+        table.add_row(
+            "compared, not sent",
+            f"{report.compared_pages:,} pages, of which {report.differing_pages:,} had changed",
+        )
+    if report.device_state_bytes:
         ram = report.qemu_ram_transferred  # not known if the source ended at once
         own = "?" if ram is None else f"{ram:,}"
         table.add_row(
@@ -114,9 +125,19 @@ def _facts(report: Report) -> Table:
         table.add_row(
             "guest",
             f"{report.guest['heartbeats_before']:,} heartbeats at the source, went on with "
-            f"{report.guest['heartbeats_after']:,} at the destination, none lost or repeated",
+            f"{report.guest['heartbeats_after']:,} "
+            f"{'there' if report.memory_only else 'at the destination'}, none lost or repeated",
         )
     return table
+
+
+def _only_by(report: Report) -> dict[str, int]:
+    """Pages that only one source reported, by name of the source, in all rounds."""
+    found: dict[str, int] = {}
+    for r in report.rounds:
+        for name, pages in r.only_by_source.items():
+            found[name] = found.get(name, 0) + pages
+    return found
 
 
 def _rounds(report: Report) -> Table:

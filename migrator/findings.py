@@ -14,6 +14,7 @@ from migrator.qmp import MemoryBackend
 from tracker.ram import GuestRange, RamBlock
 
 _DEVICE = re.compile(r"^ *dev: ([^,]+), id", re.MULTILINE)
+_NO_TRACKING = re.compile(r'^ *x-pre-copy-dirty-page-tracking = "?(?:off|false)', re.MULTILINE)
 _OUTSIDE_NETWORK = re.compile(r"^[ \\]*([^:]+): .*\btype=(vhost-user|vhost-vdpa)\b", re.MULTILINE)
 _BLOCK_LINE = re.compile(r"^ *(\S.*?) +\d+ \w+ +0x[0-9a-f]+ +0x([0-9a-f]+) +0x", re.MULTILINE)
 _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu", "smmuv3", "arm-smmuv3")
@@ -66,15 +67,21 @@ def device_findings(vm: str, qtree: str) -> list[Finding]:
                     "use scsi-hd, with a disk that is not opened with cache.direct=on",
                 )
             )
-        elif device.startswith("vfio-"):
-            findings.append(
-                Finding(
-                    "VFIO",
-                    f"the {vm} has {device}: its DMA is not tracked",
-                    "unplug the device (device_del) before migrating",
-                )
-            )
     return findings
+
+
+def vfio_devices(qtree: str) -> int:
+    """How many VFIO devices there are in QEMU's ``info qtree``."""
+    return sum(device.startswith("vfio-") for device in _DEVICE.findall(qtree))
+
+
+def takes_dirty_bits(qtree: str) -> bool:
+    """Whether QEMU's own migration reads, and thereby clears, dirty bits of VFIO devices.
+
+    It does from its start on, unless every device has ``x-pre-copy-dirty-page-tracking=off``: then
+    only when it saves the device state (QEMU: ``hw/vfio/common.c``, ``vfio_log_sync_needed``).
+    """
+    return len(_NO_TRACKING.findall(qtree)) < vfio_devices(qtree)
 
 
 def network_findings(vm: str, networks: str) -> list[Finding]:
@@ -91,23 +98,30 @@ def network_findings(vm: str, networks: str) -> list[Finding]:
 
 
 def disk_findings(vm: str, nodes: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Images opened with O_DIRECT: what is read from them arrives after the page was marked.
+    """Disks that are devices of the host, which write guest RAM themselves.
 
     :param nodes: all block nodes (QAPI: ``query-named-block-nodes``), as the one that opens the
         file need not be the one that the device sees
     """
-    direct = {
-        str(node["file"]) for node in nodes if node["cache"]["direct"] or node["drv"] == "nvme"
-    }
     return [
         Finding(
-            "O_DIRECT",
-            f"the {vm} has opened {image} past the page cache: data may arrive in a page after it "
-            "was copied",
-            "use cache=writeback or cache=writethrough (cache.direct=off)",
+            "VFIO",
+            f"the {vm} drives {image} itself: the device writes guest RAM, unseen",
+            "let the host's driver have the disk, and give the VM its block device",
         )
-        for image in sorted(direct)
+        for image in sorted(str(node["file"]) for node in nodes if node["drv"] == "nvme")
     ]
+
+
+def reads_past_page_cache(nodes: Sequence[dict[str, Any]]) -> bool:
+    """Whether an image is opened with O_DIRECT.
+
+    What is read from it arrives in a page some time after the page was marked as written, and is
+    seen by nobody: such pages have to be compared once no I/O is under way.
+
+    :param nodes: see :func:`disk_findings`
+    """
+    return any(node["cache"]["direct"] for node in nodes)
 
 
 # -- RAM ----------------------------------------------------------------------------------------

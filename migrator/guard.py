@@ -5,6 +5,7 @@ migration is started, the source waits, paused, for an answer of ours. The guard
 over a pipe; when the pipe closes before the last word, it lets the one side run that may::
 
     begun       the source may be stopped; the destination cannot run   → the source goes on
+    over        it runs on: what was begun is over                      → nothing to do
     committed   the destination may have all it needs                   → it runs, or proves dead
     done        nothing to do
 
@@ -68,12 +69,17 @@ class Guard:
         assert self._process.stdin is not None
         os.write(self._process.stdin.fileno(), line.encode() + b"\n")
 
-    def begun(self, running: bool) -> None:
-        """QEMU's own migration is about to be started.
+    def begun(self, running: bool, *, by_stop: bool = False) -> None:
+        """QEMU's own migration is about to be started, or the guest to be stopped.
 
         :param running: whether the guest runs until then
+        :param by_stop: it is we who stop it, with the command ``stop``
         """
-        self._say("begun running" if running else "begun")
+        self._say(" ".join(["begun", *["running"] * running, *["stop"] * by_stop]))
+
+    def over(self) -> None:
+        """What was begun is over, and the source runs on."""
+        self._say("over")
 
     def committed(self) -> None:
         """The end of the stream is about to be sent to the destination."""
@@ -109,11 +115,11 @@ def main() -> int:
         destination_pidfd = -1
     step = ""
     for line in sys.stdin:
-        step, *running = line.split()
+        step, *how = line.split()
         if step == "begun":
-            before = replace(wards.before, was_running=bool(running))
+            before = replace(wards.before, was_running="running" in how, paused_by_us="stop" in how)
             wards = replace(wards, before=before)
-    if step in ("", "done"):
+    if step in ("", "over", "done"):
         return 0
     try:
         outcome = asyncio.run(_end_well(wards, step, destination_pidfd))

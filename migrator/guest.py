@@ -1,4 +1,4 @@
-"""The built-in workload guest: what it is asked to do, its disk image, and its two oracles.
+"""The built-in workload guest: what it is asked to do, its disk image, and its oracles.
 
 The guest (:mod:`migrator.bootsector`) needs no operating system. It shows whether a migration
 lost anything, in two independent ways:
@@ -9,6 +9,9 @@ lost anything, in two independent ways:
   not sent, or sent too early, is a second edge or a step of more than one: :func:`check_walk`.
 - its **serial port**: numbered heartbeats. What source and destination wrote, one after the other,
   counts up without gap or repetition: :func:`heartbeats`.
+
+It can also let a device write RAM meanwhile, by DMA (:mod:`migrator.edu`), with an oracle of its
+own: :func:`check_dma`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator import edu
 from migrator.bootsector import FULL_SPEED, PIT_HZ, Parameters, assemble
 
 PAGE_SIZE = 4096
@@ -52,6 +56,9 @@ class Workload:
         does not catch up later.
     :ivar heartbeat_ms: guest time between two heartbeats. One that a starved guest misses is not
         made up for, so they may come later, but their numbers never skip.
+    :ivar dma_pages: how many pages an ``edu`` device writes, over and over, one every 100 ms; with
+        0 the guest does not even look for the device
+    :ivar dma_start: guest-physical address of the first of them
     :raise ValueError: one of them makes no sense; the text says what would
     """
 
@@ -59,20 +66,22 @@ class Workload:
     start: int = 16 * MIB
     pages_per_s: int = 0
     heartbeat_ms: int = 10
+    dma_pages: int = 0
+    dma_start: int = 8 * MIB
 
     def __post_init__(self) -> None:
-        for name in ("working_set_bytes", "start"):
+        for name in ("working_set_bytes", "start", "dma_start"):
             value = getattr(self, name)
             if value <= 0 or value % PAGE_SIZE:
                 raise ValueError(
                     f"{name} is {value}: it must be a positive multiple of the page size, "
                     f"{PAGE_SIZE}"
                 )
-        if self.start < LOWEST_START:
-            raise ValueError(
-                f"start is {self.start:#x}: choose {LOWEST_START:#x} or more, the first MiB "
-                "belongs to the BIOS"
-            )
+            if name.endswith("start") and value < LOWEST_START:
+                raise ValueError(
+                    f"{name} is {value:#x}: choose {LOWEST_START:#x} or more, the first MiB "
+                    "belongs to the BIOS"
+                )
         if self.end > PCI_HOLE:
             raise ValueError(
                 f"the working set ends at {self.end:#x}, beyond the last low RAM a PC can have, "
@@ -86,6 +95,18 @@ class Workload:
             )
         if not 1 <= self.heartbeat_ms <= 60_000:
             raise ValueError(f"heartbeat_ms is {self.heartbeat_ms}: choose 1 to 60000")
+        if self.dma_pages < 0:
+            raise ValueError(f"dma_pages is {self.dma_pages}: choose 0 or more")
+        if self.dma_pages and self.dma_end > edu.DMA_LIMIT:
+            raise ValueError(
+                f"the device is to write up to {self.dma_end:#x}, but reaches {edu.DMA_LIMIT:#x} "
+                "at most: make dma_pages or dma_start smaller"
+            )
+        if self.dma_pages and self.dma_start < self.end and self.start < self.dma_end:
+            raise ValueError(
+                f"the device is to write {self.dma_start:#x} to {self.dma_end:#x}, within the "
+                f"working set, {self.start:#x} to {self.end:#x}: move dma_start or start"
+            )
 
     @property
     def end(self) -> int:
@@ -96,6 +117,11 @@ class Workload:
     def npages(self) -> int:
         """Pages in the working set."""
         return self.working_set_bytes // PAGE_SIZE
+
+    @property
+    def dma_end(self) -> int:
+        """Guest-physical address after the last page that the device writes."""
+        return self.dma_start + self.dma_pages * PAGE_SIZE
 
     def check_fits(self, ram_bytes: int, machine: str) -> None:
         """Check that a VM has RAM for it, below the PCI hole, that its firmware leaves alone.
@@ -111,6 +137,12 @@ class Workload:
                 f"{ram_bytes // MIB} MiB of RAM has room for it only up to {max(usable, 0):#x}: "
                 "give the VM more memory, or make working_set_bytes smaller by "
                 f"{self.end - usable}"
+            )
+        if self.dma_pages and self.dma_end > usable:
+            raise ValueError(
+                f"the device is to write up to {self.dma_end:#x}, but a {machine} with "
+                f"{ram_bytes // MIB} MiB of RAM has room only up to {max(usable, 0):#x}: give the "
+                "VM more memory, or make dma_pages or dma_start smaller"
             )
 
     @property
@@ -129,6 +161,7 @@ class Workload:
             ticks_per_heartbeat=ticks,
             budget=budget >> 32,
             budget_fraction=budget & 0xFFFF_FFFF,
+            dma=edu.Region(self.dma_start, self.dma_end) if self.dma_pages else None,
         )
 
 
@@ -146,7 +179,7 @@ def low_ram_bytes(ram_bytes: int, machine: str) -> int:
 
 
 def boot_image(workload: Workload) -> bytes:
-    """Make the guest's disk: the boot sector, and nothing up to the smallest size that boots.
+    """Make the guest's disk: its code, and nothing up to the smallest size that boots.
 
     :return: :data:`IMAGE_BYTES` bytes, a raw image
     """
@@ -191,11 +224,14 @@ def heartbeats(serial: bytes) -> list[int]:
     parse what the source wrote followed by what the destination wrote, not each alone.
 
     :param serial: lines of eight lowercase hex digits; the last may be unfinished, and is ignored
-    :raise ValueError: anything else is there; the text says at which byte
+    :raise ValueError: anything else is there; the text says at which byte. A guest that has no
+        ``edu`` device to let write says so there, and never beats.
     """
     *lines, rest = serial.split(b"\n")
     at = 0
     for line in lines:
+        if line == edu.NO_DEVICE:
+            raise ValueError("the guest found no edu device on its PCI bus 0 that could do DMA")
         if not _HEARTBEAT.fullmatch(line):
             raise ValueError(f"not a heartbeat at byte {at} of the serial output: {line[:40]!r}")
         at += len(line) + 1
@@ -259,3 +295,44 @@ def check_walk(ram: NDArray[np.uint8], workload: Workload) -> WalkCheck:
         value=int(values[0]),
         problem=problem,
     )
+
+
+def check_dma(ram: NDArray[np.uint8], workload: Workload) -> int:
+    """Count the pages that the device has written since the guest began, and look for a lost one.
+
+    Each of them is filled with the number of the pass, and they are written in order: the pages up
+    to where the device has come are at n, the others at n - 1. A page whose last write is missing
+    breaks that order; again but for the very last one, as in :func:`check_walk`.
+
+    A device that is passed through does not stop with the guest: what it has begun arrives up to
+    100 ms later. Until then a page may be seen half written, which is an error here.
+
+    :param ram: shape (bytes,), the RAM from guest-physical address 0 on. Of the pages of the
+        region every byte is read that the device writes; holes in a mapped tmpfs file get
+        allocated.
+    :param workload: what the guest was started with
+    :return: how many writes of a page; 0 if there was none yet
+    :raise ValueError: the RAM ends before the region does, the device was to write nothing, or
+        there is something that it does not leave; the text says in which page of the region
+    """
+    if not workload.dma_pages:
+        raise ValueError("the device was to write nothing")
+    if len(ram) < workload.dma_end:
+        raise ValueError(f"{len(ram)} bytes of RAM do not hold a region up to {workload.dma_end}")
+    region = np.ascontiguousarray(ram[workload.dma_start : workload.dma_end]).view("<u4")
+    pages = region.reshape(workload.dma_pages, PAGE_SIZE // 4)[:, : edu.WORDS]
+    passes = pages[:, 0].astype(np.int64)
+    torn = np.flatnonzero((pages != pages[:, :1]).any(axis=1))
+    if len(torn):
+        raise ValueError(f"page {torn[0]} of the device's is not all of one pass")
+    newest = int(passes[0])
+    position = int(np.count_nonzero(passes == newest))
+    expected = np.where(np.arange(len(passes)) < position, newest, max(newest - 1, 0))
+    wrong = np.flatnonzero(passes != expected)
+    if len(wrong):
+        page = int(wrong[0])
+        raise ValueError(
+            f"page {page} of the device's is at pass {passes[page]}, not at {expected[page]} as "
+            f"after {position} pages of pass {newest}"
+        )
+    return max(newest - 1, 0) * workload.dma_pages + position * (newest > 0)

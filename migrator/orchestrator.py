@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from migrator.errors import (
@@ -23,24 +23,22 @@ from migrator.phases import DOWNTIME, Phase, Phases
 from migrator.policy import Limits, Observation, SendAll, Verdict
 from migrator.preflight import preflight
 from migrator.qmp import Qmp
+from migrator.rehearsal import Rehearsal
 from migrator.report import Progress, Report, Round
 from migrator.rollback import Before, bring_back, remember
 from migrator.settle import in_thread, settle
-from migrator.switchover import HandedOver, Switchover
+from migrator.sources import Sources
+from migrator.switchover import HandedOver, Switchover, stop_guest
 from migrator.transport import Transport
 from migrator.transport.local import LocalCopy
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
-from tracker.holes import Holes
 from tracker.kernels import warm_up
-from tracker.merge import merge
-from tracker.ram import check_unmoved
-from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
 
 _log = logging.getLogger(__name__)
 _SHOW_S = 0.1
 _UNMEASURED_BYTES_PER_S = 500e6  # nothing but zeros was sent so far
+_COMPARED_BYTES_PER_S = 2e9  # nothing is compared before the guest stands
 _TELLING_BYTES = 1 << 20  # a smaller sending says nothing about the rate
 
 
@@ -50,10 +48,12 @@ class Options:
 
     :ivar limits: when to switch over, when to give up
     :ivar verify: compare all of RAM before the destination runs; a difference is a failure
+    :ivar memory_only: rehearse: do everything but the hand-over, verify, and let the source go on
     """
 
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
+    memory_only: bool = False
 
 
 async def migrate(
@@ -69,7 +69,8 @@ async def migrate(
     :param destination: QMP socket of a QEMU started with the same command line, RAM files of its
         own, and ``-incoming defer``
     :param watch: called in the event loop whenever something changed
-    :return: the report of a migration that completed: the destination runs, the source never will
+    :return: the report of a migration that completed: the destination runs, the source never will;
+        of a rehearsal: the source runs on
     :raise Refused: preflight found reasons not to begin
     :raise VmError: a QEMU does not answer
     :raise Aborted: given up; the source runs. The report is in the error, as in the next two
@@ -120,22 +121,27 @@ class Migration:
         self._bytes_per_s = 0.0
         self._owed: dict[str, DirtyBitmap] = {}
         self._sending = False
+        self._draining = False
 
     # -- the order ------------------------------------------------------------------------------
 
     async def run(self) -> Report:
         """Migrate; see :func:`migrate` for what is raised."""
         try:
-            plan = await preflight(self._source, self._destination)
+            plan = await preflight(
+                self._source, self._destination, memory_only=self._options.memory_only
+            )
             before = await remember(self._source, plan.was_running)
             destination_pidfd = os.pidfd_open(self._destination.pid)
         except (TrackerError, OSError) as error:
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
+        self._report.memory_only = self._options.memory_only
+        self._report.stopped_by = (
+            "stop" if plan.stop_first or self._options.memory_only else "migrate"
+        )
         self._plan = plan
-        self._holes = Holes(self._source.pid, plan.source)
-        self._writers: Sequence[DirtySource] = (UffdAsync(self._source.pid, plan.source),)
-        self._npages = {block.name: block.npages for block in plan.source}
+        self._sources = Sources(self._source, plan)
         self._transport: Transport = LocalCopy(
             self._source.pid, plan.source, self._destination.pid, plan.destination
         )
@@ -146,17 +152,29 @@ class Migration:
             self._destination.pid,
             before,
         )
-        guard = await in_thread(Guard, wards)
-        switchover = Switchover(
-            self._source,
-            self._destination,
-            destination_pidfd,
-            plan,
-            self._phases,
-            guard,
-            collect_and_send=self._collect_and_send,
-            verify=self._verify,
-        )
+        self._guard = guard = await in_thread(Guard, wards)
+        switchover: Switchover | Rehearsal
+        if self._options.memory_only:
+            switchover = Rehearsal(
+                self._source,
+                plan,
+                self._phases,
+                guard,
+                collect_and_send=self._collect_and_send,
+                verify=self._verify,
+            )
+        else:
+            switchover = Switchover(
+                self._source,
+                self._destination,
+                destination_pidfd,
+                plan,
+                self._phases,
+                guard,
+                collect_and_send=self._collect_and_send,
+                devices_stand=self._sources.stop_devices,
+                verify=self._verify,
+            )
         decided = False
         try:
             handed_over = await self._until_it_runs_there(switchover, before)
@@ -178,9 +196,12 @@ class Migration:
         self._finish_report("completed", "")
         return self._report
 
-    async def _until_it_runs_there(self, switchover: Switchover, before: Before) -> HandedOver:
+    async def _until_it_runs_there(
+        self, switchover: Switchover | Rehearsal, before: Before
+    ) -> HandedOver:
         try:
             await self._attach()
+            await self._drain()
             await self._copy_everything()
             await self._rounds_until_converged()
             return await _not_cancelled_once_committed(switchover)
@@ -191,13 +212,32 @@ class Migration:
     async def _attach(self) -> None:
         self._phases.enter(Phase.ATTACH)
         await self._transport.open()
-        for source in (*self._writers, self._holes):
-            await in_thread(source.start)
+        await self._sources.start()
+
+    async def _drain(self) -> None:
+        """Wait for reads past the page cache that were under way when tracking began.
+
+        They pinned their pages before these were protected, so that nobody would report what
+        arrives in them after they were copied. A guest that is stopped has no I/O under way.
+        """
+        if not self._plan.direct_io:
+            return
+        self._phases.enter(Phase.DRAIN)
+        if await self._source.run_state() == "running":
+            self._guard.begun(True, by_stop=True)
+            self._draining = True
+            await settle(self._stop_and_go())
+            self._draining = False
+            self._guard.over()
+
+    async def _stop_and_go(self) -> None:
+        if await stop_guest(self._source):
+            await self._source.execute("cont")
 
     async def _copy_everything(self) -> None:
         self._phases.enter(Phase.COPY)
         everything = {b.name: DirtyBitmap.full(b.npages) for b in self._plan.source}
-        pages = sum(self._npages.values())
+        pages = _count(everything)
         self._round = Round(0, {"all": pages}, {}, pages)
         await self._send(everything)
 
@@ -209,8 +249,10 @@ class Migration:
                 Observation(
                     round=self._round.number,
                     elapsed_s=self._phases.elapsed_s,
-                    dirty_bytes=sum(dirty[b.name].count() * b.page_size for b in self._plan.source),
+                    dirty_bytes=self._bytes_of(dirty),
                     bytes_per_s=self._bytes_per_s or _UNMEASURED_BYTES_PER_S,
+                    compare_bytes=self._bytes_of(self._sources.suspect_data()),
+                    compare_bytes_per_s=_COMPARED_BYTES_PER_S,
                 )
             )
             _log.info("round %d: %s", self._round.number, decision.reason)
@@ -222,28 +264,45 @@ class Migration:
             if decision.verdict is Verdict.SWITCH_OVER and not self._owed:
                 return
 
-    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> None:
-        """A round while the source stands still."""
+    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> int:
+        """A round while the source stands still.
+
+        :return: how many pages were sent
+        """
         if self._phases.current is not collecting:
             self._phases.enter(collecting)
         dirty = await self._collect()
+        await self._add_suspects_that_changed(dirty)
         if self._phases.current is not sending:
             self._phases.enter(sending)
         await self._send(dirty)
         self._report.final_pages += self._round.sent_pages
         if self._owed:
             raise Failed(self._phases.current.value, "the last pages could not be delivered")
+        return self._round.sent_pages
+
+    async def _add_suspects_that_changed(self, dirty: dict[str, DirtyBitmap]) -> None:
+        """Compare what may have been written without anybody's being told; it will be sent."""
+        suspects = self._sources.take_suspects(dirty)
+        if not any(pages.any() for pages in suspects.values()):
+            return
+        if self._phases.current is Phase.FINAL_COLLECT:
+            self._phases.enter(Phase.COMPARE)
+        started = time.monotonic()
+        changed = await self._transport.changed(suspects, self._sources.data)
+        for name, pages in changed.items():
+            dirty[name] |= pages
+        self._round.compared_pages = _count(suspects)
+        self._round.differing_pages = _count(changed)
+        self._round.dirty_pages = _count(dirty)
+        self._round.compare_ms = (time.monotonic() - started) * 1000
 
     # -- one round ------------------------------------------------------------------------------
 
     async def _collect(self) -> dict[str, DirtyBitmap]:
         """What has to be sent now: the union of all sources, and what is still owed."""
-        started = time.monotonic()
-        reports = await in_thread(self._read_sources)
-        # after reading, not before: the page tables of a process that has died look clean
-        await self._check_nothing_moved()
-        collected = time.monotonic()
-        merged = merge(self._npages, reports)
+        found = await self._sources.collect(backends_too=self._phases.current is Phase.ROUNDS)
+        merged = found.merged
         dirty = merged.bitmaps
         for name, owed in self._owed.items():
             dirty[name] |= owed
@@ -252,32 +311,23 @@ class Migration:
             number=self._round.number + 1,
             dirty_pages_by_source=dict(merged.pages_by_source),
             only_by_source=dict(merged.only_by_source),
-            dirty_pages=sum(bitmap.count() for bitmap in dirty.values()),
-            collect_ms=(collected - started) * 1000,
-            merge_ms=(time.monotonic() - collected) * 1000,
+            pages_by_several=merged.pages_by_several,
+            dirty_pages=_count(dirty),
+            collect_ms=found.collect_ms,
+            merge_ms=found.merge_ms,
         )
         self._show()
         return dirty
 
-    def _read_sources(self) -> dict[str, dict[str, DirtyBitmap]]:
-        reports = {source.name: source.collect() for source in self._writers}
-        # after the writes: what held data and was not written since is where new holes can be
-        written = merge(self._npages, reports).bitmaps
-        return {**reports, self._holes.name: self._holes.collect(written)}
-
-    async def _check_nothing_moved(self) -> None:
-        if self._phases.current is Phase.ROUNDS:
-            backends = tuple(await self._source.memory_backends())
-            if backends != self._plan.backends:
-                raise VmError("source", "its memory backends changed (memory hotplug?)")
-        await in_thread(check_unmoved, self._source.pid, self._plan.source)
+    def _bytes_of(self, pages: Mapping[str, DirtyBitmap]) -> int:
+        return sum(pages[b.name].count() * b.page_size for b in self._plan.source)
 
     async def _send(self, dirty: Mapping[str, DirtyBitmap]) -> None:
         started = time.monotonic()
         self._sending = True
         ticker = asyncio.create_task(self._show_now_and_then())
         try:
-            sent = await self._transport.send(dirty, self._holes.data)
+            sent = await self._transport.send(dirty, self._sources.data)
         finally:
             ticker.cancel()
             self._sending = False
@@ -295,7 +345,7 @@ class Migration:
             raise Failed(self._phases.current.value, str(sent.error)) from sent.error
 
     async def _verify(self) -> None:
-        if not self._options.verify:
+        if not (self._options.verify or self._options.memory_only):
             return
         self._phases.enter(Phase.VERIFY)
         found = await self._transport.compare()
@@ -316,17 +366,16 @@ class Migration:
 
     # -- the ends -------------------------------------------------------------------------------
 
-    async def _let_go(self, switchover: Switchover) -> None:
+    async def _let_go(self, switchover: Switchover | Rehearsal) -> None:
         """Close the streams, unprotect the source, unmap both sides."""
         await switchover.close()
-        if self._phases.current is Phase.FINISH:
+        if self._phases.current is Phase.FINISH and not self._options.memory_only:
             self._report.qemu_ram_transferred = await self._ram_that_qemu_sent()
-        for source in (*self._writers, self._holes):
-            await in_thread(source.stop)
+        await self._sources.stop()
         await self._transport.close()
 
     async def _roll_back(
-        self, switchover: Switchover, before: Before, cause: BaseException
+        self, switchover: Switchover | Rehearsal, before: Before, cause: BaseException
     ) -> None:
         """Let the source go on, and raise what the migration ends with."""
         phase = self._phases.current.value
@@ -339,6 +388,7 @@ class Migration:
             raise cause
         if switchover.was_running is not None:
             before = replace(before, was_running=switchover.was_running)
+        before = replace(before, paused_by_us=switchover.paused_by_us or self._draining)
         self._phases.enter(Phase.ROLLBACK)
         await switchover.close()
         try:
@@ -364,7 +414,7 @@ class Migration:
         report.phases = self._phases.milliseconds()
         report.total_ms = self._phases.total_ms
         report.downtime_phases = [p.value for p in DOWNTIME if p.value in report.phases]
-        if self._options.verify:
+        if report.verified_pages is not None:
             report.verify_ms = report.phases.get(Phase.VERIFY.value)
         if report.downtime_ms is not None:
             report.downtime_ms -= report.verify_ms or 0.0
@@ -393,7 +443,11 @@ class Migration:
         )
 
 
-async def _not_cancelled_once_committed(switchover: Switchover) -> HandedOver:
+def _count(bitmaps: Mapping[str, DirtyBitmap]) -> int:
+    return sum(bitmap.count() for bitmap in bitmaps.values())
+
+
+async def _not_cancelled_once_committed(switchover: Switchover | Rehearsal) -> HandedOver:
     task = asyncio.create_task(switchover.run())
     while not task.done():
         try:

@@ -12,11 +12,13 @@ class Phase(str, Enum):
 
     PREFLIGHT = "preflight"  # may this VM be migrated like this?
     ATTACH = "attach"  # write-protect the source's RAM
+    DRAIN = "drain"  # the guest stands for a moment: I/O past the page cache comes to its end
     COPY = "copy"  # everything that holds data, once
     ROUNDS = "rounds"  # what was written meanwhile, again and again
     SWITCHOVER = "switchover"  # QEMU's own migration has been started
     STOP = "stop"  # downtime begins: the vCPUs stand, block I/O is drained
     FINAL_COLLECT = "final-collect"
+    COMPARE = "compare"  # pages that may have been written without anybody's being told
     FINAL_SEND = "final-send"
     DEVICE_STATE = "device-state"  # QEMU saves it, and is read to the end
     LAST_COLLECT = "last-collect"  # what saving wrote, and sending it
@@ -30,6 +32,7 @@ class Phase(str, Enum):
 DOWNTIME = (
     Phase.STOP,
     Phase.FINAL_COLLECT,
+    Phase.COMPARE,
     Phase.FINAL_SEND,
     Phase.DEVICE_STATE,
     Phase.LAST_COLLECT,

@@ -33,12 +33,16 @@ class Observation:
     :ivar elapsed_s: since the migration began
     :ivar dirty_bytes: to be sent in this round
     :ivar bytes_per_s: the rate at which the last round was sent
+    :ivar compare_bytes: to be compared once the guest has stopped
+    :ivar compare_bytes_per_s: the rate at which that is done
     """
 
     round: int
     elapsed_s: float
     dirty_bytes: int
     bytes_per_s: float
+    compare_bytes: int = 0
+    compare_bytes_per_s: float = 1.0
 
 
 class Verdict(Enum):
@@ -77,6 +81,7 @@ class SendAll:
     def decide(self, seen: Observation) -> Decision:
         """Decide what follows the sending of this round."""
         expected_ms = self.fixed_ms + seen.dirty_bytes / max(seen.bytes_per_s, 1.0) * 1000
+        expected_ms += seen.compare_bytes / max(seen.compare_bytes_per_s, 1.0) * 1000
         if expected_ms <= self.limits.downtime_ms:
             return Decision(
                 Verdict.SWITCH_OVER,

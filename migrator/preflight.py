@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from migrator.errors import Refused, VmError
 from migrator.findings import (
@@ -16,18 +17,25 @@ from migrator.findings import (
     layout_findings,
     network_findings,
     other_ram_bytes,
+    reads_past_page_cache,
+    takes_dirty_bits,
+    vfio_devices,
 )
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.settle import in_thread
+from tracker.dma import dma_sources
 from tracker.errors import NotTracking, TrackerError
 from tracker.probe import check_tracking
 from tracker.ram import (
+    GuestRange,
     RamBlock,
     find_block,
     open_file,
     other_mappers,
     parse_flat_view,
 )
+from tracker.source import DirtySource
+from tracker.vfio import VfioType1
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,12 @@ class Plan:
     :ivar was_running: whether the guest ran; one that was paused stays paused
     :ivar other_ram_bytes: RAM that QEMU sends itself: ROMs, video memory
     :ivar backends: the source's memory backends, to be compared again later
+    :ivar guest_ranges: where the source's guest sees its RAM
+    :ivar direct_io: whether a disk of the source is read past the page cache, into pages that were
+        marked as written before
+    :ivar stop_first: whether the guest has to be stopped, and the devices' dirty bits read, before
+        QEMU's own migration is started
+    :ivar unstoppable_devices: whether a device may go on writing while the guest stands
     """
 
     source: tuple[RamBlock, ...]
@@ -46,6 +60,10 @@ class Plan:
     was_running: bool
     other_ram_bytes: int
     backends: tuple[MemoryBackend, ...]
+    guest_ranges: tuple[GuestRange, ...] = ()
+    direct_io: bool = False
+    stop_first: bool = False
+    unstoppable_devices: bool = False
 
     @property
     def guest_bytes(self) -> int:
@@ -53,9 +71,10 @@ class Plan:
         return sum(block.size for block in self.source)
 
 
-async def preflight(source: Qmp, destination: Qmp) -> Plan:
+async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False) -> Plan:
     """Look at both sides.
 
+    :param memory_only: only RAM is to be moved: what QEMU cannot migrate is no reason not to
     :raise Refused: with everything that was found, not only the first
     :raise VmError: a QEMU does not answer
     """
@@ -71,14 +90,16 @@ async def preflight(source: Qmp, destination: Qmp) -> Plan:
         raise Refused(findings)
 
     state = await source.run_state()
+    blockers = await _blocker_findings(source)
     findings += await _source_state_findings(source, state)
     findings += await _destination_state_findings(destination)
     for vm in (source, destination):
         findings += device_findings(vm.name, await vm.human("info qtree"))
         findings += network_findings(vm.name, await vm.human("info network"))
-        nodes = await vm.execute("query-named-block-nodes", flat=True)
-        findings += disk_findings(vm.name, nodes)
-    findings += await _machine_findings(source, destination)
+        findings += disk_findings(vm.name, await _block_nodes(vm))
+    if not memory_only:
+        findings += blockers
+        findings += await _machine_findings(source, destination)
 
     backends = await source.memory_backends()
     findings += backend_findings(source.name, backends)
@@ -92,11 +113,13 @@ async def preflight(source: Qmp, destination: Qmp) -> Plan:
         raise Refused(findings)
     by_name = {block.name: block for block in destination_blocks}
     destination_blocks = tuple(by_name[block.name] for block in source_blocks)
-    findings += layout_findings(
-        by_name,
-        parse_flat_view(await source.human("info mtree -f")),
-        parse_flat_view(await destination.human("info mtree -f")),
-    )
+    guest_ranges = parse_flat_view(await source.human("info mtree -f"))
+    if not memory_only:
+        findings += layout_findings(
+            by_name, guest_ranges, parse_flat_view(await destination.human("info mtree -f"))
+        )
+    readers, unread = await in_thread(_dma_readers, source, source_blocks, guest_ranges)
+    findings += unread
     findings += _mapper_findings(source, source_blocks)
     findings += _mapper_findings(destination, destination_blocks)
     findings += _space_findings(source, source_blocks, destination, destination_blocks)
@@ -104,13 +127,25 @@ async def preflight(source: Qmp, destination: Qmp) -> Plan:
         raise Refused(findings)
 
     ramblocks = (await source.execute("x-query-ramblock"))["human-readable-text"]
+    qtree = await source.human("info qtree")
+    has_vfio = vfio_devices(qtree) > 0
+    # a second start of tracking does no harm to a legacy container, and clears all bits elsewhere
+    shareable = all(issubclass(reader, VfioType1) for reader in readers)
     return Plan(
         source=source_blocks,
         destination=destination_blocks,
         was_running=state == "running",
         other_ram_bytes=other_ram_bytes(ramblocks, {b.name for b in source_blocks}),
         backends=tuple(backends),
+        guest_ranges=tuple(guest_ranges),
+        direct_io=reads_past_page_cache(await _block_nodes(source)),
+        stop_first=has_vfio and (takes_dirty_bits(qtree) or not shareable),
+        unstoppable_devices=has_vfio and bool(blockers),
     )
+
+
+async def _block_nodes(vm: Qmp) -> list[dict[str, Any]]:
+    return list(await vm.execute("query-named-block-nodes", flat=True))
 
 
 # -- the processes and their states -------------------------------------------------------------
@@ -172,11 +207,18 @@ async def _source_state_findings(source: Qmp, state: str) -> list[Finding]:
                 "wait for it, or cancel it with migrate_cancel",
             )
         )
-    for reason in status.get("blocked-reasons", []):
-        findings.append(
-            Finding("blocker", f"QEMU says: {reason}", "remove the device or option it names")
-        )
     return findings
+
+
+async def _blocker_findings(source: Qmp) -> list[Finding]:
+    return [
+        Finding(
+            "blocker",
+            f"QEMU says: {reason}",
+            "remove the device or option it names, or rehearse with --memory-only",
+        )
+        for reason in (await source.migration()).get("blocked-reasons", [])
+    ]
 
 
 async def _destination_state_findings(destination: Qmp) -> list[Finding]:
@@ -247,6 +289,22 @@ async def _blocks(vm: Qmp) -> tuple[RamBlock, ...]:
         ) from error
     except OSError as error:
         raise VmError(vm.name, f"process {vm.pid}: {error}") from error
+
+
+def _dma_readers(
+    source: Qmp, blocks: Sequence[RamBlock], guest_ranges: Sequence[GuestRange]
+) -> tuple[list[type[DirtySource]], list[Finding]]:
+    """What would tell which pages devices write, and what speaks against that."""
+    readers: list[type[DirtySource]] = []
+    try:
+        for reader in dma_sources(source.pid, blocks, guest_ranges):
+            reader.stop()
+            readers.append(type(reader))
+    except (TrackerError, OSError) as error:
+        mend = "unplug the device (device_del) before migrating"
+        problem = f"what the source's devices write cannot be tracked: {error}"
+        return [], [Finding("VFIO", problem, mend)]
+    return readers, []
 
 
 def _mapper_findings(vm: Qmp, blocks: Sequence[RamBlock]) -> list[Finding]:

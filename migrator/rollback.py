@@ -28,11 +28,13 @@ class Before:
     :ivar was_running: whether the guest ran
     :ivar capabilities: migration capabilities by name
     :ivar parameters: migration parameters by name
+    :ivar paused_by_us: whether it may be paused because we executed ``stop``
     """
 
     was_running: bool
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    paused_by_us: bool = False
 
 
 async def remember(source: Qmp, was_running: bool) -> Before:
@@ -66,8 +68,9 @@ async def bring_back(source: Qmp, before: Before, *, timeout_s: float = 10.0) ->
         await source.set_capabilities(before.capabilities)
         await source.execute("migrate-set-parameters", **before.parameters)
     state = await _settled(source)
-    # a guest that is paused now was paused by somebody else, who may resume it
-    if before.was_running and state in _STOPPED_BY_MIGRATION:
+    # a guest that is paused now was paused by somebody else, who may resume it, unless by us
+    ours = (*_STOPPED_BY_MIGRATION, *(["paused"] if before.paused_by_us else []))
+    if before.was_running and state in ours:
         await source.execute("cont")
         state = await source.run_state()
         if state != "running":

@@ -73,8 +73,10 @@ async def run(
         report = await migrate(source_qmp, destination_qmp, _options(config), watch=watch)
         try:
             if source is not None and destination is not None and config.guest is not None:
-                report.guest = await _heartbeat_goes_on(source, destination)
-            if destination is not None:
+                # in a rehearsal the guest goes on where it was
+                there = source if report.memory_only else destination
+                report.guest = await _heartbeat_goes_on(source, there)
+            if destination is not None and not report.memory_only:
                 if config.destination.console.alive is not None:
                     say("the destination runs; watching its console")
                 await _alive(destination, config)
@@ -205,19 +207,23 @@ async def _alive(destination: Vm, config: Config) -> None:
         )
 
 
-async def _heartbeat_goes_on(source: Vm, destination: Vm) -> dict[str, int]:
-    """Check that both consoles, one after the other, are one sequence of heartbeats."""
+async def _heartbeat_goes_on(source: Vm, there: Vm) -> dict[str, int]:
+    """Check that the consoles, one after the other, are one sequence of heartbeats.
+
+    :param there: where the guest runs now: the destination, or the source still
+    """
     before = source.console.read_bytes()
+    moved = before if there is not source else b""
     try:
         last = heartbeats(before)[-1]
     except (ValueError, IndexError) as error:
         raise VmError("source", f"its heartbeats: {error}") from error
     beats = await _count_heartbeats(
-        lambda: before + destination.console.read_bytes(), destination, last + 1 + _HEARTBEATS
+        lambda: moved + there.console.read_bytes(), there, last + 1 + _HEARTBEATS
     )
     gap = next((n for n, beat in enumerate(beats) if n != beat), None)
     if gap is not None:
-        raise VmError("destination", f"the guest's heartbeat went from {gap - 1} to {beats[gap]}")
+        raise VmError(there.name, f"the guest's heartbeat went from {gap - 1} to {beats[gap]}")
     return {"heartbeats_before": last + 1, "heartbeats_after": len(beats) - last - 1}
 
 
@@ -246,4 +252,5 @@ def _options(config: Config) -> Options:
             on_limit=chosen.on_limit,
         ),
         verify=chosen.verify,
+        memory_only=chosen.memory_only,
     )

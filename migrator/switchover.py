@@ -9,6 +9,10 @@ The order is what makes it safe:
    it. A destination that lacks the end cannot run; until here, every failure ends with the source
    running.
 4. The end is sent: the point of no return. The destination runs when it has loaded it.
+
+It is QEMU's own migration that stops the source, unless that would take the dirty bits of VFIO
+devices away: then ``stop`` comes first, and the migration after the bits have been read. Such a
+source is paused when its state is saved, so that the destination waits for our ``cont``.
 """
 
 from __future__ import annotations
@@ -42,11 +46,23 @@ class HandedOver:
 
     :ivar downtime_ms: by the time stamps of QEMU's events, comparison included; ``None`` if the
         guest did not run
-    :ivar device_state_bytes: the whole stream
+    :ivar device_state_bytes: the whole stream; ``None`` if there was none
     """
 
     downtime_ms: float | None
-    device_state_bytes: int
+    device_state_bytes: int | None
+
+
+async def stop_guest(source: Qmp) -> Event | None:
+    """Stop the guest by command.
+
+    :return: QEMU's event of it, or ``None`` if the guest did not run
+    :raise VmError: QEMU does not answer
+    """
+    mark = source.mark()
+    await source.execute("stop")
+    await source.run_state()  # events that came before this answer are here
+    return source.seen("STOP", since=mark)
 
 
 class Switchover:
@@ -54,7 +70,9 @@ class Switchover:
 
     :ivar committed: whether the point of no return was passed
     :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
+    :ivar paused_by_us: whether it may be paused because we executed ``stop``
     :param collect_and_send: one last round: reads all sources and delivers what they found
+    :param devices_stand: called once the devices write no more, and their bits have been read
     :param verify: compares both sides; raises if they differ
     """
 
@@ -67,7 +85,8 @@ class Switchover:
         phases: Phases,
         guard: Guard,
         *,
-        collect_and_send: Callable[[Phase, Phase], Awaitable[None]],
+        collect_and_send: Callable[[Phase, Phase], Awaitable[int]],
+        devices_stand: Callable[[], Awaitable[None]],
         verify: Callable[[], Awaitable[None]],
     ) -> None:
         self._source = source
@@ -77,11 +96,13 @@ class Switchover:
         self._phases = phases
         self._guard = guard
         self._collect_and_send = collect_and_send
+        self._devices_stand = devices_stand
         self._verify = verify
         self._incoming: Incoming | None = None
         self._outgoing: Outgoing | None = None
         self.committed = False
         self.was_running: bool | None = None
+        self.paused_by_us = False
 
     async def run(self) -> HandedOver:
         """Do all of it.
@@ -89,8 +110,17 @@ class Switchover:
         :raise VmError: before the point of no return: roll back. After it: never
         :raise Undecided: after the point of no return, neither side is known to run
         """
-        stopped = await self._stop()
+        self._phases.enter(Phase.SWITCHOVER)
+        await self._prepare()
+        if self._plan.stop_first:
+            stopped = await self._stop()
+        else:
+            stopped = await self._begin_migration()
         await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
+        await self._devices_stand()
+        self._phases.enter(Phase.DEVICE_STATE)
+        if self._plan.stop_first:
+            await self._begin_migration()
         stream = await self._save_device_state()
         head, end = split_at_end(stream)
         self._phases.enter(Phase.LAST_COLLECT)
@@ -103,20 +133,34 @@ class Switchover:
         downtime_ms = (resumed.at - stopped.at) * 1000 if stopped and resumed else None
         return HandedOver(downtime_ms, len(stream))
 
-    async def _stop(self) -> Event | None:
-        self._phases.enter(Phase.SWITCHOVER)
+    async def _prepare(self) -> None:
         await self._destination.set_capabilities(DESTINATION_CAPABILITIES)
         await self._source.set_capabilities(SOURCE_CAPABILITIES)
         await self._source.execute("migrate-set-parameters", **SOURCE_PARAMETERS)
-        running = await self._source.run_state() == "running"
+
+    async def _stop(self) -> Event | None:
+        """Stop the guest by command: block I/O is drained, and migratable devices stand."""
+        self._guard.begun(await self._source.run_state() == "running", by_stop=True)
+        self.paused_by_us = True
+        stopped = await stop_guest(self._source)
+        self.was_running = stopped is not None
+        self._phases.enter(Phase.STOP, at=stopped.at if stopped else None)
+        return stopped
+
+    async def _begin_migration(self) -> Event | None:
+        """Let QEMU's own migration come to where the guest stands and nothing is saved yet."""
+        if not self._plan.stop_first:
+            self._guard.begun(await self._source.run_state() == "running")
         mark = self._source.mark()
-        self._guard.begun(running)
         self._incoming = await Incoming.begin(self._source)
         event = await self._source.migration_status("pre-switchover", since=mark, timeout_s=_STOP_S)
         self._expect(event, "pre-switchover")
         stopped = self._source.seen("STOP", since=mark)
-        self.was_running = stopped is not None
-        self._phases.enter(Phase.STOP, at=stopped.at if stopped else None)
+        if not self._plan.stop_first:
+            self.was_running = stopped is not None
+            self._phases.enter(Phase.STOP, at=stopped.at if stopped else None)
+        elif stopped is not None:
+            raise VmError("source", "was resumed by somebody while it was being handed over")
         await self._check_qemu_leaves_ram_to_us()
         return stopped
 
@@ -130,7 +174,6 @@ class Switchover:
 
     async def _save_device_state(self) -> bytes:
         assert self._incoming is not None
-        self._phases.enter(Phase.DEVICE_STATE)
         mark = self._source.mark()
         await self._source.execute("migrate-continue", state="pre-switchover")
         self._outgoing = await Outgoing.begin(self._destination)  # while the source saves
@@ -172,7 +215,7 @@ class Switchover:
             raise VmError("destination", "refused the end of the device state")
         if not self.was_running:
             return None
-        if event.name != "RESUME":  # it was started with -S
+        if event.name != "RESUME":  # it was started with -S, or the source was paused
             await self._destination.execute("cont")
             event = await self._destination.wait_for(
                 lambda e: e.name == "RESUME", since=mark, timeout_s=_RESUME_S

@@ -64,6 +64,15 @@ class Transport(Protocol):
             others are holes, to be cleared at the destination and not to be read here
         """
 
+    async def changed(
+        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
+    ) -> dict[str, DirtyBitmap]:
+        """Which of the pages are not at the destination as they are at the source.
+
+        :param pages: pages to compare, by block; nothing can write them any more
+        :param data: see :meth:`send`
+        """
+
     async def compare(self) -> Comparison:
         """Compare all pages of all blocks on both sides. Both VMs stand still."""
 

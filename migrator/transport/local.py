@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from tracker.syscalls import fault_in
 
 _T = TypeVar("_T")
 _PART_WORDS = 256  # 16384 pages between two looks at whether to stop
+_THREADS = min(4, os.cpu_count() or 1)
 _NOWHERE = np.empty(0, np.uint8)
 
 
@@ -196,6 +198,45 @@ class LocalCopy:
             pair.present = pair.present.minus(punched)
         return int(error)
 
+    async def changed(
+        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
+    ) -> dict[str, DirtyBitmap]:
+        """See :meth:`migrator.transport.Transport.changed`.
+
+        Compared with the destination's copy: these are the very bytes that were sent.
+        """
+        return await self._stoppable(lambda: self._changed(pages, data))
+
+    def _changed(
+        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
+    ) -> dict[str, DirtyBitmap]:
+        found = {}
+        for pair in self._pairs:
+            asked = pages[pair.source.name]
+            ours, theirs = data[pair.source.name] & asked, pair.present & asked
+            found[pair.source.name] = self._differing(pair, ours, theirs)
+        return found
+
+    def _differing(self, pair: _Pair, ours: DirtyBitmap, theirs: DirtyBitmap) -> DirtyBitmap:
+        """Pages that differ, of those that hold data at the source or at the destination."""
+        differing = DirtyBitmap.empty(ours.npages)
+
+        def compare(part: tuple[int, int]) -> None:
+            if not self._stop:
+                kernels.compare_pages(
+                    pair.from_memory,
+                    pair.to_memory,
+                    pair.source.page_size,
+                    ours.words,
+                    theirs.words,
+                    differing.words,
+                    *part,
+                )
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(compare, _parts(ours | theirs)))  # raises what one of them raised
+        return differing
+
     async def compare(self) -> Comparison:
         """Compare all pages of both sides, which stand still. Holes are equal to zeros."""
         return await self._stoppable(self._compare)
@@ -205,20 +246,7 @@ class LocalCopy:
         for pair in self._pairs:
             # looked up anew: what was kept while sending is not to vouch for itself
             ours, theirs = pair.source_data(), pair.destination_data()
-            differing = DirtyBitmap.empty(ours.npages)
-            for first, last in _parts(ours | theirs):
-                if self._stop:
-                    break
-                mismatched += kernels.compare_pages(
-                    pair.from_memory,
-                    pair.to_memory,
-                    pair.source.page_size,
-                    ours.words,
-                    theirs.words,
-                    differing.words,
-                    first,
-                    last,
-                )
+            mismatched += self._differing(pair, ours, theirs).count()
             pages += ours.npages
         return Comparison(pages, mismatched)
 

@@ -64,6 +64,31 @@ def test_verified() -> None:
     assert "3 differ" in text
 
 
+def test_who_saw_what_if_devices_were_asked() -> None:
+    rounds = [
+        Round(1, {"uffd": 7, "vfio": 9}, {"uffd": 1000, "holes": 0, "vfio": 3}, 7),
+        Round(2, {"uffd": 7, "vfio": 9}, {"uffd": 1, "holes": 2, "vfio": 3}, 7),
+    ]
+    for r in rounds:
+        r.pages_by_several = 2
+    said = printed(replace(COMPLETED, rounds=rounds))
+    assert "only by uffd 1,001, only by holes 2, only by vfio 6, by several 4" in said
+    for r in rounds:
+        del r.only_by_source["vfio"]
+    assert "only by" not in printed(replace(COMPLETED, rounds=rounds))
+
+
+def test_what_was_compared() -> None:
+    assert "compared" not in printed(COMPLETED)
+    report = replace(COMPLETED, compared_pages=1234, differing_pages=5)
+    assert "1,234 pages, of which 5 had changed" in printed(report)
+
+
+def test_a_rehearsal() -> None:
+    report = replace(COMPLETED, memory_only=True)
+    assert printed(report).startswith("rehearsed (the source runs on) in ")
+
+
 def test_heartbeats() -> None:
     report = replace(COMPLETED, guest={"heartbeats_before": 1000, "heartbeats_after": 5})
     assert "1,000 heartbeats at the source, went on with 5" in printed(report)

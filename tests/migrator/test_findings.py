@@ -22,6 +22,9 @@ from migrator.findings import (
     layout_findings,
     network_findings,
     other_ram_bytes,
+    reads_past_page_cache,
+    takes_dirty_bits,
+    vfio_devices,
 )
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.vm import RunDirectory, Vm
@@ -71,9 +74,6 @@ def test_a_harmless_tree() -> None:
 @pytest.mark.parametrize(
     ("device", "check"),
     [
-        ("vfio-pci", "VFIO"),
-        ("vfio-pci-nohotplug", "VFIO"),
-        ("vfio-ap", "VFIO"),
         ("vhost-user-blk-pci", "vhost-user"),
         ("vhost-user-fs-pci", "vhost-user"),
         ("vhost-user-gpu", "vhost-user"),
@@ -95,7 +95,7 @@ def test_a_device_that_writes_unseen(device: str, check: str) -> None:
 
 def test_each_kind_of_device_once() -> None:
     tree = "".join(f'  dev: vfio-pci, id "{n}"\n' for n in range(3)) + '  dev: intel-iommu, id ""\n'
-    assert checks(device_findings("source", tree)) == ["vIOMMU", "VFIO"]
+    assert checks(device_findings("source", tree)) == ["vIOMMU"]
 
 
 # -- disks --------------------------------------------------------------------------------------
@@ -109,17 +109,45 @@ def node(file: str, direct: bool = False, drv: str = "raw") -> dict[str, Any]:
 def test_disks() -> None:
     assert disk_findings("source", []) == []
     assert disk_findings("source", [node("/a"), node("/b", drv="file")]) == []
-    nodes = [node("/a"), node("/b"), node("/b", direct=True, drv="file"), node("/c", direct=True)]
-    found = disk_findings("destination", nodes)
-    assert checks(found) == ["O_DIRECT", "O_DIRECT"]
-    assert "the destination has opened /b" in found[0].problem
-    assert "/c" in found[1].problem
+    nodes = [node("/a"), node("/b"), node("/b", direct=True, drv="file")]
+    assert disk_findings("source", nodes) == []
+    assert reads_past_page_cache(nodes)
+    assert not reads_past_page_cache(nodes[:2])
 
 
 def test_a_controller_that_qemu_drives_itself() -> None:
     """By VFIO, straight into guest RAM, whatever its cache is said to be."""
     found = disk_findings("source", [node("nvme://0000:01:00.0/1", drv="nvme")])
-    assert checks(found) == ["O_DIRECT"]
+    assert checks(found) == ["VFIO"]
+    assert "the source drives nvme://0000:01:00.0/1 itself" in found[0].problem
+
+
+# -- VFIO devices -------------------------------------------------------------------------------
+
+WITH_TRACKING = """
+  dev: vfio-pci, id "a"
+    x-pre-copy-dirty-page-tracking = "on"
+"""
+WITHOUT_TRACKING = """
+  dev: vfio-pci, id "b"
+    x-pre-copy-dirty-page-tracking = "off"
+"""
+
+
+@pytest.mark.parametrize(
+    ("qtree", "devices", "takes"),
+    [
+        ('  dev: virtio-blk-pci, id ""\n', 0, False),
+        (WITH_TRACKING, 1, True),
+        (WITHOUT_TRACKING, 1, False),
+        (WITH_TRACKING + WITHOUT_TRACKING, 2, True),
+        ('  dev: vfio-pci, id "a"\n', 1, True),  # a QEMU that has no such option
+    ],
+)
+def test_vfio_devices(qtree: str, devices: int, takes: bool) -> None:
+    assert vfio_devices(qtree) == devices
+    assert takes_dirty_bits(qtree) == takes
+    assert device_findings("source", qtree) == []
 
 
 # -- networks -----------------------------------------------------------------------------------
@@ -439,8 +467,7 @@ def image() -> Any:
 )
 def test_real_disks(image: Path, drive: list[str], direct: bool) -> None:
     async def body(qmp: Qmp) -> None:
-        found = disk_findings("source", await nodes_of(qmp))
-        assert checks(found) == ["O_DIRECT"] * direct
+        assert reads_past_page_cache(await nodes_of(qmp)) == direct
 
     drive = [argument.format(image) for argument in drive]
     device = ["-device", "virtio-blk-pci,drive=d"]

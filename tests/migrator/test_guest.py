@@ -1,4 +1,4 @@
-"""The workload guest's image, and the two oracles over what it leaves behind."""
+"""The workload guest's image, and the oracles over what it leaves behind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrator.bootsector import FULL_SPEED, PIT_HZ, assemble
+from migrator.edu import WORDS
 from migrator.guest import (
     MIB,
     PAGE_SIZE,
     Workload,
     boot_image,
+    check_dma,
     check_walk,
     drive_args,
     guest_args,
@@ -46,6 +48,12 @@ GIB = 1 << 30
         ({"pages_per_s": 1 << 31}, "or 0 for full speed"),
         ({"heartbeat_ms": 0}, "choose 1 to 60000"),
         ({"heartbeat_ms": 60_001}, "choose 1 to 60000"),
+        ({"dma_pages": -1}, "dma_pages is -1"),
+        ({"dma_start": 8 * MIB + 1}, "dma_start is .* multiple of the page size"),
+        ({"dma_start": MIB - PAGE_SIZE}, "dma_start is 0xff000: choose 0x100000 or more"),
+        ({"dma_pages": 2, "dma_start": 256 * MIB - PAGE_SIZE}, "up to 0x10001000, but reaches"),
+        ({"dma_pages": 2, "dma_start": 16 * MIB - PAGE_SIZE}, "within the working set"),
+        ({"dma_pages": 1, "dma_start": 80 * MIB - PAGE_SIZE}, "within the working set"),
     ],
 )
 def test_senseless_workloads_are_refused(fields: dict[str, int], says: str) -> None:
@@ -61,6 +69,10 @@ def test_senseless_workloads_are_refused(fields: dict[str, int], says: str) -> N
         {"start": 2 * GIB, "working_set_bytes": GIB},
         {"pages_per_s": (1 << 31) - 1, "heartbeat_ms": 60_000},
         {"pages_per_s": 1, "heartbeat_ms": 1},
+        {"dma_pages": 2048},
+        {"dma_pages": 1, "dma_start": 80 * MIB},
+        {"dma_pages": 1, "dma_start": 256 * MIB - PAGE_SIZE},
+        {"dma_pages": 0, "dma_start": 512 * MIB},
     ],
 )
 def test_workloads_at_the_limits_assemble(fields: dict[str, Any]) -> None:
@@ -93,6 +105,13 @@ def test_the_working_set_must_fit_the_vm() -> None:
     beyond_q35.check_fits(8 * GIB, "pc")
     with pytest.raises(ValueError, match="room for it only up to 0x7ee00000"):
         beyond_q35.check_fits(8 * GIB, "q35")
+
+
+def test_the_region_of_the_device_must_fit_the_vm() -> None:
+    workload = Workload(working_set_bytes=MIB, dma_pages=256, dma_start=40 * MIB)
+    workload.check_fits(59 * MIB, "q35")
+    with pytest.raises(ValueError, match="make dma_pages or dma_start smaller"):
+        workload.check_fits(58 * MIB, "q35")
 
 
 @given(
@@ -128,6 +147,17 @@ def test_image_is_the_sector_and_nothing_else() -> None:
     assert not any(image[512:])
     assert (32 * MIB).to_bytes(4, "little") in image
     assert (40 * MIB).to_bytes(4, "little") in image
+
+
+def test_image_with_a_device_to_drive_is_two_sectors() -> None:
+    plain = Workload()
+    with_dma = Workload(dma_pages=4)
+    image = boot_image(with_dma)
+    assert len(image) == MIB
+    assert image[:1024] == assemble(with_dma.parameters)
+    assert any(image[512:1024])
+    assert not any(image[1024:])
+    assert boot_image(Workload(dma_start=32 * MIB)) == boot_image(plain)
 
 
 def test_drive_is_read_only_and_takes_no_locks() -> None:
@@ -182,6 +212,16 @@ def test_gaps_and_repetitions_are_kept() -> None:
 def test_anything_else_is_an_error_that_says_where(serial: bytes, at: int) -> None:
     with pytest.raises(ValueError, match=f"at byte {at} of"):
         heartbeats(serial)
+
+
+def test_a_guest_without_its_device_is_an_error_of_its_own() -> None:
+    assert heartbeats(b"") == []
+    with pytest.raises(ValueError, match="at byte 0 of"):
+        heartbeats(b"no e")
+    with pytest.raises(ValueError, match="found no edu device"):
+        heartbeats(b"no edu\n")
+    with pytest.raises(ValueError, match="found no edu device"):
+        heartbeats(beats(0, 2) + b"no edu\n")  # after a reset
 
 
 # --- check_walk ---
@@ -257,3 +297,74 @@ def test_ram_too_small_for_the_working_set() -> None:
     ram, workload = ram_of([1, 1])
     with pytest.raises(ValueError, match="do not hold"):
         check_walk(ram[: workload.end - 1], workload)
+
+
+# --- check_dma ---
+
+
+def dma_of(passes: list[int]) -> tuple[NDArray[np.uint8], Workload]:
+    """Make RAM with pages of these passes at 1 MiB, and garbage everywhere else."""
+    workload = Workload(working_set_bytes=MIB, dma_pages=len(passes), dma_start=MIB)
+    ram = np.full(workload.dma_end + PAGE_SIZE, 0x5A, np.uint8)
+    words = np.repeat(np.array(passes, "<u4"), PAGE_SIZE // 4)
+    ram[workload.dma_start : workload.dma_end] = words.view(np.uint8)
+    ram.view("<u4")[(workload.dma_start >> 2) + WORDS :: PAGE_SIZE // 4] = 0  # never written
+    return ram, workload
+
+
+def device_wrote(npages: int, writes: int) -> list[int]:
+    """Let a device write, one page at a time."""
+    passes = [0] * npages
+    for n in range(writes):
+        passes[n % npages] = n // npages + 1
+    return passes
+
+
+@given(st.integers(1, 9), st.integers(0, 60))
+def test_all_that_a_device_leaves_is_counted(npages: int, writes: int) -> None:
+    assert check_dma(*dma_of(device_wrote(npages, writes))) == writes
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_nothing_else_is(passes: list[int]) -> None:
+    possible = any(device_wrote(len(passes), n) == passes for n in range(4 * len(passes)))
+    try:
+        check_dma(*dma_of(passes))
+    except ValueError:
+        assert not possible
+    else:
+        assert possible
+
+
+def test_passes_beyond_31_bits() -> None:
+    assert check_dma(*dma_of([0xF000_0001, 0xF000_0000])) == 2 * 0xF000_0000 + 1
+
+
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ([3, 3, 2, 1], "page 3 of the device's is at pass 1, not at 2 as after 2 pages of pass 3"),
+        ([3, 2, 3, 2], "page 1 of the device's is at pass 2, not at 3"),
+        ([3, 1, 1], "page 1 of the device's is at pass 1, not at 2"),
+        ([0, 1], "page 1 of the device's is at pass 1, not at 0 as after 1 pages"),
+    ],
+)
+def test_what_no_device_leaves_is_named(passes: list[int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check_dma(*dma_of(passes))
+
+
+@pytest.mark.parametrize("at", [0, 3, 2048, 4 * WORDS - 1])
+def test_a_page_half_written_is_an_error(at: int) -> None:
+    ram, workload = dma_of([2, 2, 1])
+    ram[workload.dma_start + PAGE_SIZE + at] ^= 4
+    with pytest.raises(ValueError, match="page 1 of the device's is not all of one pass"):
+        check_dma(ram, workload)
+
+
+def test_no_region_and_no_room_for_it() -> None:
+    ram, workload = dma_of([1, 1])
+    with pytest.raises(ValueError, match="do not hold"):
+        check_dma(ram[: workload.dma_end - 1], workload)
+    with pytest.raises(ValueError, match="was to write nothing"):
+        check_dma(ram, Workload())

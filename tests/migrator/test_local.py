@@ -494,6 +494,33 @@ def test_a_single_byte(on_tmpfs: Sides, side: str) -> None:
     asyncio.run(body())
 
 
+def changed(sides: Sides, asked: dict[str, DirtyBitmap]) -> set[int]:
+    """What differs of the pages that are asked about, after everything was sent."""
+
+    async def body() -> set[int]:
+        transport = await opened(sides)
+        try:
+            await transport.send(everything(), data_of(sides.source))
+            put(sides.source, {3: noise(33), 5: noise(5), 8: bytes(PAGE), 199: noise(9)})
+            sides.source.punch(6)
+            found = await transport.changed(asked, data_of(sides.source))
+            return naive.pages_of(found["ram"].words)
+        finally:
+            await transport.close()
+
+    put(sides.source, {page: noise(page) for page in (1, 3, 5, 6, 8)})
+    return asyncio.run(body())
+
+
+def test_which_pages_changed_since_they_were_sent(sides: Sides) -> None:
+    """5 was written, with what it had; 6 was discarded, 8 zeroed, 199 was a hole."""
+    assert changed(sides, everything()) == {3, 6, 8, 199}
+
+
+def test_only_what_is_asked_about_is_compared(on_tmpfs: Sides) -> None:
+    assert changed(on_tmpfs, pages(1, 2, 3, 4, 5)) == {3}
+
+
 def test_every_page_differs(on_tmpfs: Sides) -> None:
     put(on_tmpfs.source, {page: noise(page) for page in range(NPAGES)})
     assert compare(on_tmpfs) == Comparison(NPAGES, NPAGES)

@@ -45,6 +45,14 @@ def test_nothing_dirty_fits_however_little_is_known_of_the_rate() -> None:
     assert POLICY.decide(seen).verdict is Verdict.SWITCH_OVER
 
 
+def test_what_is_to_be_compared_counts_too() -> None:
+    seen = replace(SEEN, dirty_bytes=0, compare_bytes=160 * MB, compare_bytes_per_s=2000.0 * MB)
+    assert POLICY.decide(seen) == Decision(
+        Verdict.SWITCH_OVER, 100.0, "expected downtime 100 ms fits 100 ms"
+    )
+    assert POLICY.decide(replace(seen, dirty_bytes=MB)).verdict is Verdict.CONTINUE
+
+
 TOO_MUCH = replace(SEEN, dirty_bytes=1000 * MB)
 
 

@@ -13,6 +13,7 @@ KEYS = {
     *("status", "reason", "total_ms", "downtime_ms", "verify_ms", "guest_bytes", "pages_sent"),
     *("bytes_sent", "final_pages", "verified_pages", "mismatched_pages", "device_state_bytes"),
     *("qemu_ram_transferred", "rounds", "phases", "downtime_phases", "known", "guest"),
+    *("memory_only", "stopped_by", "compared_pages", "differing_pages"),
 }
 
 
@@ -31,7 +32,7 @@ def test_a_new_report_claims_nothing() -> None:
     assert said["status"] == "failed"
     for key in (
         *("downtime_ms", "verify_ms", "verified_pages", "mismatched_pages"),
-        *("device_state_bytes", "qemu_ram_transferred", "guest"),
+        *("device_state_bytes", "qemu_ram_transferred", "guest", "stopped_by"),
     ):
         assert said[key] is None, key
     assert said["rounds"] == said["downtime_phases"] == said["known"] == []
@@ -46,8 +47,11 @@ def test_nothing_verified_and_nothing_differing_are_told_apart() -> None:
 def test_rounds_add_up() -> None:
     report = Report()
     report.add(Round(0, {"all": 7}, {}, 7, sent_pages=7, zero_pages=2, sent_bytes=5 * 4096))
-    report.add(Round(1, {"uffd": 3, "holes": 1}, {"uffd": 3}, 3, sent_pages=3, sent_bytes=4096))
+    one = Round(1, {"uffd": 3, "holes": 1}, {"uffd": 3}, 3, sent_pages=3, sent_bytes=4096)
+    one.compared_pages, one.differing_pages = 9, 1
+    report.add(one)
     said = parsed(report)
+    assert (said["compared_pages"], said["differing_pages"]) == (9, 1)
     assert (said["pages_sent"], said["bytes_sent"]) == (10, 6 * 4096)
     assert [r["number"] for r in said["rounds"]] == [0, 1]
     assert said["rounds"][1] == {
@@ -55,11 +59,15 @@ def test_rounds_add_up() -> None:
         "dirty_pages_by_source": {"uffd": 3, "holes": 1},
         "only_by_source": {"uffd": 3},
         "dirty_pages": 3,
+        "pages_by_several": 0,
+        "compared_pages": 9,
+        "differing_pages": 1,
         "sent_pages": 3,
         "zero_pages": 0,
         "sent_bytes": 4096,
         "collect_ms": 0.0,
         "merge_ms": 0.0,
+        "compare_ms": 0.0,
         "send_ms": 0.0,
         "expected_downtime_ms": None,
         "decision": "",

@@ -112,6 +112,18 @@ def test_a_guest_that_stood_still_goes_on_standing() -> None:
     assert source.log[-2:] == UNDONE
 
 
+def test_a_guest_that_we_paused_goes_on() -> None:
+    source = Source(["none"], state="paused")
+    assert back(source, replace(RAN, paused_by_us=True)) == "running"
+    assert source.log[-1] == "cont"
+
+
+def test_a_guest_that_stood_still_before_we_paused_it_does_not() -> None:
+    source = Source(["none"], state="paused")
+    assert back(source, replace(STOOD, paused_by_us=True)) == "paused"
+    assert "cont" not in source.log
+
+
 @pytest.mark.parametrize("state", ["paused", "shutdown", "guest-panicked", "io-error", "watchdog"])
 def test_only_a_guest_that_was_stopped_for_a_migration_goes_on(state: str) -> None:
     source = Source(["none"], state=state)

@@ -49,6 +49,7 @@ class Fake:
         self.stream: socket.socket | None = None
         self.ram_total = 100
         self.ran = True
+        self.stopped_at = 0
         self.tasks: list[asyncio.Task[None]] = []
 
     def as_qmp(self) -> Qmp:
@@ -64,6 +65,8 @@ class Fake:
             self.tasks.append(asyncio.ensure_future(self._load()))
         if command == "cont":
             self.tell("RESUME")
+        if command == "stop":
+            self.events.append(Event("STOP", {}, at=99.0))
         return {}
 
     async def _save(self) -> None:
@@ -119,7 +122,8 @@ class Fake:
 
     def seen(self, name: str, since: int = 0) -> Event | None:
         if name == "STOP":
-            return Event(name, {}, at=99.0) if self.ran else None
+            stopped = self.ran and since <= self.stopped_at
+            return Event(name, {}, at=99.0) if stopped else None
         return next((e for e in self.events[since:] if e.name == name), None)
 
     async def wait_for(
@@ -141,8 +145,8 @@ class GuardLog:
     def __init__(self, log: Log) -> None:
         self._log = log
 
-    def begun(self, running: bool) -> None:
-        self._log.append("guard: begun")
+    def begun(self, running: bool, *, by_stop: bool = False) -> None:
+        self._log.append("guard: begun by stop" if by_stop else "guard: begun")
         self.running = running
 
     def committed(self) -> None:
@@ -152,7 +156,7 @@ class GuardLog:
 class Rig:
     """A switchover between two fakes. To be made inside a running loop."""
 
-    def __init__(self, pidfd: int, *, was_running: bool = True) -> None:
+    def __init__(self, pidfd: int, *, was_running: bool = True, stop_first: bool = False) -> None:
         self.log = Log()
         self.source, self.destination = Fake("source", self.log), Fake("destination", self.log)
         block = RamBlock("ram", 1 << 20, 4096, 0, 0, 0)
@@ -162,19 +166,24 @@ class Rig:
             self.source.as_qmp(),
             self.destination.as_qmp(),
             pidfd,
-            Plan((block,), (block,), was_running, 1000, (backend,)),
+            Plan((block,), (block,), was_running, 1000, (backend,), stop_first=stop_first),
             self.phases,
             cast(Guard, GuardLog(self.log)),
             collect_and_send=self._collect_and_send,
+            devices_stand=self._devices_stand,
             verify=self._verify,
         )
         self.source.ran = was_running
         self.fails: dict[str, Exception] = {}
 
-    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> None:
+    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> int:
         self._step(f"collect in {collecting.value}, send in {sending.value}")
         if self.phases.current is not sending:
             self.phases.enter(sending)
+        return 0
+
+    async def _devices_stand(self) -> None:
+        self._step("devices stand")
 
     async def _verify(self) -> None:
         self._step("verify")
@@ -246,6 +255,7 @@ def test_the_order(process: Process) -> None:
         "stop",
         "collect in final-collect, send in final-send",
         "final-send",
+        "devices stand",
         "device-state",
         "source: migrate-continue",
         *["destination: getfd", "destination: migrate-incoming"],
@@ -258,6 +268,42 @@ def test_the_order(process: Process) -> None:
         "resume",
         "guard: committed",  # before the end is sent
         "destination: has the end",
+        "finish",
+    ]
+
+
+def test_the_order_where_the_migration_would_take_dirty_bits(process: Process) -> None:
+    def arrange(rig: Rig) -> None:
+        rig.destination.at_the_end = lambda: rig.destination.tell(  # type: ignore[method-assign]
+            "MIGRATION", status="completed"
+        )
+        rig.source.states = ["running"]
+
+    rig, handed_over = switched(process, arrange, stop_first=True)
+    assert handed_over.downtime_ms is not None
+    assert rig.switchover.paused_by_us
+    first = rig.log.index("guard: begun by stop")
+    assert rig.log[first:] == [
+        "guard: begun by stop",
+        "source: stop",
+        "stop",
+        "collect in final-collect, send in final-send",
+        "final-send",
+        "devices stand",  # before QEMU may read, or end, what tracks them
+        "device-state",
+        *["source: getfd", "source: migrate", "source: is pre-switchover"],
+        "source: migrate-continue",
+        *["destination: getfd", "destination: migrate-incoming"],
+        "source: is completed",
+        "last-collect",
+        "collect in last-collect, send in last-collect",
+        "verify",
+        "load",
+        "destination: has the head",
+        "resume",
+        "guard: committed",
+        "destination: has the end",
+        "destination: cont",  # it came paused, as the source was
         "finish",
     ]
 
