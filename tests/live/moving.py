@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from migrator import Options, Progress, Report, migrate
+from migrator import Limits, Options, Progress, Report, migrate
 from migrator.phases import Phase
 from migrator.vm import Vm
 from tests.live.vms import Machine, Pair
 from tracker.ram import RamBlock, find_block, open_file
 
 Watch = Callable[[Progress], None]
+
+VERIFIED = Options(limits=Limits(on_limit="force"), verify=True)
+"""A busy machine may be too slow for the guest, and what is tested is not how fast it is."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def once(phase: Phase, action: Callable[[], object]) -> Watch:
 
 async def move(vms: Pair, watch: Watch = lambda _: None) -> Report:
     """Migrate the VM; check all that holds for every migration of a running one."""
-    report = await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True), watch=watch)
+    report = await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED, watch=watch)
     assert report.status == "completed"
     assert report.mismatched_pages == 0
     assert report.verified_pages
@@ -101,12 +104,12 @@ class Ram:
 
     def discard(self, offset: int, length: int) -> None:
         """Punch a hole, as a balloon or free page reporting does."""
-        with self._file() as fd, mmap.mmap(fd, self.block.size) as mapped:
+        with self.file() as fd, mmap.mmap(fd, self.block.size) as mapped:
             mapped.madvise(mmap.MADV_REMOVE, offset, length)
 
     def is_hole(self, offset: int, length: int) -> bool:
         """Whether the file has nothing at all there; not on hugetlbfs, which does not tell."""
-        with self._file() as fd:
+        with self.file() as fd:
             try:
                 return os.lseek(fd, offset, os.SEEK_DATA) >= offset + length
             except OSError:  # no data from there to the end
@@ -114,11 +117,12 @@ class Ram:
 
     def allocated(self) -> int:
         """Bytes that the file holds."""
-        with self._file() as fd:
+        with self.file() as fd:
             return os.fstat(fd).st_blocks * 512
 
     @contextmanager
-    def _file(self) -> Iterator[int]:
+    def file(self) -> Iterator[int]:
+        """A descriptor of the file: what is written to it passes by QEMU's page tables."""
         fd = open_file(self._pid, self.block)
         try:
             yield fd

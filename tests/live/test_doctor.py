@@ -18,6 +18,7 @@ from migrator import doctor
 from migrator.doctor import Check
 from tests.conftest import require
 from tests.tracker.targets import wait_until
+from tracker.matrix import count
 from tracker.probe import PROBES
 
 pytestmark = pytest.mark.live
@@ -99,6 +100,36 @@ def test_an_interrupted_doctor_leaves_nothing(
         process.communicate(timeout=60)
     assert process.returncode == 1
     assert marked(mark) == []
+
+
+# -- pins -----------------------------------------------------------------------------------------
+
+
+def test_pins(mark: str) -> None:
+    with start(mark, "--pins", "--json", "--qemu", "/no/such/qemu") as process:
+        out, err = process.communicate(timeout=300)
+    said = json.loads(out.splitlines()[-1])
+    require("; ".join(said["trouble"]))
+    assert process.returncode == 0
+    assert said["kernel"] == os.uname().release
+    assert len(said["experiments"]) == count()
+    for experiment in said["experiments"]:
+        assert experiment["cpu_writes_reported"]["seen"]
+        if experiment["cpu_writes_reported"]["answer"] != "not tried":
+            assert experiment["pin"] in err
+    assert "pins and write-protection agree" in err
+    assert marked(mark) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_pins_leave_nothing(number: signal.Signals, mark: str) -> None:
+    with start(mark, "--pins") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("pinning private")
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    wait_until(lambda: marked(mark) == [])
 
 
 def test_what_is_passed_to_stderr_while_it_takes_long(tmp_path: Path) -> None:

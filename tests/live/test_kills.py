@@ -18,21 +18,24 @@ from migrator.errors import VmError
 from migrator.phases import Phase
 from migrator.qmp import Qmp
 from migrator.vm import Vm
+from tests.live.moving import VERIFIED
 from tests.live.vms import Machine, Pair, pair
 
 pytestmark = pytest.mark.live
 
-PHASES = [phase.value for phase in Phase if phase not in (Phase.PREFLIGHT, Phase.ROLLBACK)]
+_NOT_HERE = (Phase.PREFLIGHT, Phase.ROLLBACK, Phase.DRAIN, Phase.COMPARE)
+PHASES = [phase.value for phase in Phase if phase not in _NOT_HERE]
 BEFORE_THE_POINT = PHASES[: PHASES.index(Phase.RESUME.value)]
 
 _ORCHESTRATOR = """
 import asyncio, os, signal, sys
-from migrator import Options, migrate
+from migrator import Limits, Options, migrate
 source, destination, phase = sys.argv[1:]
+options = Options(limits=Limits(on_limit="force"), verify=True)
 def watch(progress):
     if progress.phase == phase:
         os.kill(os.getpid(), signal.SIGKILL)
-asyncio.run(migrate(source, destination, Options(verify=True), watch=watch))
+asyncio.run(migrate(source, destination, options, watch=watch))
 """
 
 
@@ -71,7 +74,7 @@ async def _migrates_again(vms: Pair, survivor: Vm) -> None:
             vms.machine.arguments(vms.image, target.console, destination=True), incoming=True
         )
     try:
-        report = await migrate(survivor.qmp, target.qmp, Options(verify=True))
+        report = await migrate(survivor.qmp, target.qmp, VERIFIED)
         assert report.mismatched_pages == 0
         await vms.beats(target, 3)
     finally:
@@ -157,7 +160,7 @@ def test_the_destination_is_killed(phase: str) -> None:
                 await migrate(
                     vms.source.qmp,
                     vms.destination.qmp,
-                    Options(verify=True),
+                    VERIFIED,
                     watch=_kill_at(phase, vms.destination.pid),
                 )
             assert isinstance(caught.value, (Failed, VmError)), caught.value
@@ -179,7 +182,7 @@ def test_the_source_is_killed(phase: str) -> None:
                 await migrate(
                     vms.source.qmp,
                     vms.destination.qmp,
-                    Options(verify=True),
+                    VERIFIED,
                     watch=_kill_at(phase, vms.source.pid),
                 )
             except MigratorError as error:
@@ -209,7 +212,7 @@ def test_cancelled(phase: str) -> None:
                     task.cancel()
 
             task = asyncio.ensure_future(
-                migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True), watch=watch)
+                migrate(vms.source.qmp, vms.destination.qmp, VERIFIED, watch=watch)
             )
             with pytest.raises(Aborted, match="interrupted") as caught:
                 await task
@@ -229,7 +232,7 @@ def test_a_destination_that_refuses_the_stream() -> None:
         device = ["-device", "virtio-rng-pci"]
         async with pair(Machine(source_extra=device)) as vms:
             with pytest.raises(Failed, match="destination"):
-                await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True))
+                await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED)
             assert await _state(vms.source) == "running"
             assert await _state(vms.destination) != "running"
             vms.machine = Machine(extra=device)

@@ -9,9 +9,10 @@ import os
 import numpy as np
 import pytest
 
-from migrator import Options, migrate
+from migrator import migrate
 from migrator.guest import check_walk
 from migrator.qmp import Qmp
+from tests.live.moving import VERIFIED
 from tests.live.vms import MIB, Machine, pair
 from tracker.ram import find_block, open_file
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.live
 def test_a_running_vm_moves_and_every_page_is_equal() -> None:
     async def body() -> None:
         async with pair() as vms:
-            report = await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True))
+            report = await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED)
             assert report.status == "completed"
             assert report.mismatched_pages == 0
             assert report.verified_pages == 256 * MIB // 4096
@@ -76,7 +77,7 @@ def test_the_walk_goes_on_in_the_destinations_ram() -> None:
 def test_a_guest_above_the_pci_hole() -> None:
     async def body() -> None:
         async with pair(Machine(memory=5 << 30)) as vms:
-            report = await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True))
+            report = await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED)
             assert report.mismatched_pages == 0
             assert report.verified_pages == (5 << 30) // 4096
             await vms.check_heartbeat_unbroken()

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from migrator import Options, Refused, migrate
+from migrator import Refused, migrate
 from migrator.findings import Finding
 from migrator.qmp import Qmp
 from migrator.vm import Vm
 from tests.conftest import require
 from tests.live.conftest import mounted
-from tests.live.moving import TwoKinds, move
+from tests.live.moving import VERIFIED, TwoKinds, move
 from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 
@@ -77,7 +77,7 @@ async def refused(vms: Pair, check: str, *words: str) -> None:
     """
     before = await seen(vms.source), await seen(vms.destination)
     with pytest.raises(Refused) as caught:
-        await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True))
+        await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED)
     findings: Sequence[Finding] = caught.value.findings
     assert {finding.check for finding in findings} == {check}, findings
     assert caught.value.exit_code == 3
@@ -223,24 +223,6 @@ def test_somebody_else_maps_the_ram(tmpfs: Path) -> None:
 
 def test_a_viommu() -> None:
     is_refused(replace(SMALL, extra=["-device", "intel-iommu"]), "vIOMMU", "intel-iommu")
-
-
-def test_a_disk_that_bypasses_the_page_cache(disk: Path) -> None:
-    (disk / "image").write_bytes(bytes(MIB))
-    drive = f"if=none,id=disk,format=raw,cache=none,file.locking=off,file={disk}/image"
-    extra = ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
-    is_refused(replace(SMALL, extra=extra), "O_DIRECT", "cache.direct=off", "cache=writeback")
-
-
-def test_a_disk_that_bypasses_the_page_cache_below_its_format(disk: Path) -> None:
-    """Only the node that reads the file does, not the one that the device sees."""
-    (disk / "image").write_bytes(bytes(MIB))
-    extra = [
-        "-blockdev",
-        f"file,node-name=file,cache.direct=on,locking=off,filename={disk}/image",
-        *["-blockdev", "raw,node-name=disk,file=file", "-device", "virtio-blk-pci,drive=disk"],
-    ]
-    is_refused(replace(SMALL, extra=extra), "O_DIRECT", f"{disk}/image", "cache.direct=off")
 
 
 @pytest.mark.parametrize("qemu", QEMUS, ids=str)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from migrator import Options, migrate
+from migrator import migrate
 from migrator.phases import Phase
 from migrator.qmp import Qmp
 from migrator.vm import Vm
 from tests.conftest import require
-from tests.live.moving import Ram, TwoKinds, move, once
+from tests.live.moving import VERIFIED, Ram, TwoKinds, move, once
 from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu
 from tests.live.vms import MIB, Machine, pair
 
@@ -145,7 +145,7 @@ def test_a_paused_guest_stays_paused() -> None:
     async def body() -> None:
         async with pair() as vms:
             await tell(vms.source, "stop")
-            report = await migrate(vms.source.qmp, vms.destination.qmp, Options(verify=True))
+            report = await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED)
             assert report.status == "completed"
             assert report.mismatched_pages == 0
             assert report.downtime_ms is None

@@ -13,6 +13,10 @@
  *                                   a registered buffer of an io_uring
  *     dma FILE_DESCRIPTOR PAGE      read the first page of a file into a pinned page, through the
  *                                   pin; the answer is what read(2) would return
+ *     begin_read FILE_DESCRIPTOR FIRST COUNT OFFSET
+ *                                   a thread that reads from a file into pages; answered before
+ *                                   that is done
+ *     end_read                      wait for that thread; the answer is what it read, or -errno
  *     fork                          a child that does one command after the other as this process
  *                                   does, but commands for it begin with "child"
  *
@@ -215,6 +219,37 @@ static long dma(int fd, size_t page)
     return result;
 }
 
+static struct {
+    pthread_t thread;
+    int fd;
+    void *to;
+    size_t length;
+    off_t offset;
+    long result;
+} reading;
+
+static void *read_on(void *unused)
+{
+    ssize_t result = pread(reading.fd, reading.to, reading.length, reading.offset);
+    reading.result = result < 0 ? -errno : result;
+    return unused;
+}
+
+static long begin_read(int fd, size_t first, size_t count, off_t offset)
+{
+    reading.fd = fd;
+    reading.to = ram + first * page_size;
+    reading.length = count * page_size;
+    reading.offset = offset;
+    return -pthread_create(&reading.thread, NULL, read_on, NULL);
+}
+
+static long end_read(void)
+{
+    pthread_join(reading.thread, NULL);
+    return reading.result;
+}
+
 static long do_command(char *line);
 
 static FILE *to_child, *from_child;
@@ -262,7 +297,7 @@ static long tell_child(const char *line)
 static long do_command(char *line)
 {
     char word[32];
-    size_t first, count, step;
+    size_t first, count, step, offset;
     unsigned byte;
     int n;
 
@@ -286,6 +321,10 @@ static long do_command(char *line)
         return pin(first, count);
     if (sscanf(line, "dma %d %zu", &n, &first) == 2)
         return dma(n, first);
+    if (sscanf(line, "begin_read %d %zu %zu %zu", &n, &first, &count, &offset) == 4)
+        return begin_read(n, first, count, offset);
+    if (!strncmp(line, "end_read", 8))
+        return end_read();
     if (!strncmp(line, "fork", 4))
         return fork_child();
     if (!strncmp(line, "child ", 6))
