@@ -13,6 +13,7 @@ from migrator.errors import CommandFailed, VmError
 from migrator.qmp import Qmp
 
 _SETTLED_S = 0.5
+_CONTINUED_S = 0.1
 _STOPPED_BY_MIGRATION = ("finish-migrate", "postmigrate")
 _UNDER_WAY = ("setup", "active", "wait-unplug", "pre-switchover", "device", "cancelling")
 
@@ -56,9 +57,18 @@ async def bring_back(source: Qmp, before: Before, *, timeout_s: float = 10.0) ->
     :return: the source's run state
     :raise VmError: the source does not answer, or refuses to go on
     """
-    deadline = time.monotonic() + timeout_s
+    started = time.monotonic()
+    deadline = started + timeout_s
     while (status := (await source.migration()).get("status")) in _UNDER_WAY:
-        if status != "cancelling":
+        # One that saves the device state ends by itself, now that nobody reads it. If cancelled, it
+        # may inactivate the images and start the guest all the same, whose next write, or next
+        # migration, is a failed assertion (QEMU 7.2: migration_completion activates them where it
+        # fails, but not where it was cancelled). That migrate-continue was executed a moment ago
+        # does not show at once.
+        ends_by_itself = status == "device" or (
+            status == "pre-switchover" and time.monotonic() < started + _CONTINUED_S
+        )
+        if status != "cancelling" and not ends_by_itself:
             with contextlib.suppress(CommandFailed):
                 await source.execute("migrate_cancel")
         if time.monotonic() > deadline:
@@ -70,7 +80,8 @@ async def bring_back(source: Qmp, before: Before, *, timeout_s: float = 10.0) ->
     state = await _settled(source)
     # a guest that is paused now was paused by somebody else, who may resume it, unless by us
     ours = (*_STOPPED_BY_MIGRATION, *(["paused"] if before.paused_by_us else []))
-    if before.was_running and state in ours:
+    # also one that runs: its images may be inactive, and cont activates them
+    if before.was_running and state in (*ours, "running"):
         await source.execute("cont")
         state = await source.run_state()
         if state != "running":

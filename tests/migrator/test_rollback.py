@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from migrator import Aborted, Options, Progress, migrate
+from migrator import Aborted, Options, Progress, migrate, rollback
 from migrator.errors import CommandFailed, QmpUnreachable, VmError
 from migrator.policy import Limits
 from migrator.qmp import Qmp
@@ -84,8 +84,9 @@ def test_nothing_is_under_way(status: str | None, state: str) -> None:
     assert source.log == [f"is {status}", *UNDONE, "cont"]
 
 
-@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device", "wait-unplug"])
-def test_what_is_under_way_is_cancelled_first(status: str) -> None:
+@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "wait-unplug"])
+def test_what_is_under_way_is_cancelled_first(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollback, "_CONTINUED_S", 0.0)
     source = Source([status, "cancelling", "cancelling", "cancelled"])
     assert back(source) == "running"
     assert source.log == [
@@ -101,9 +102,27 @@ def test_completed_before_it_could_be_cancelled() -> None:
 
 
 def test_qemu_has_let_it_run_already() -> None:
+    """Its images may be inactive all the same: cont activates them."""
     source = Source(["cancelled"], state="running")
     assert back(source) == "running"
-    assert "cont" not in source.log
+    assert source.log[-1] == "cont"
+
+
+@pytest.mark.parametrize("end", ["failed", "completed"])
+def test_what_saves_the_device_state_is_not_cancelled(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollback, "_CONTINUED_S", 60.0)
+    source = Source(["pre-switchover", "pre-switchover", "device", "device", end])
+    assert back(source) == "running"
+    assert "migrate_cancel" not in source.log
+
+
+def test_what_stands_before_the_device_state_is_cancelled_after_a_moment() -> None:
+    source = Source(["pre-switchover"] * 1000 + ["cancelled"])
+    assert back(source) == "running"
+    assert "migrate_cancel" in source.log
+    assert source.log.index("migrate_cancel") > 1
 
 
 def test_a_guest_that_stood_still_goes_on_standing() -> None:
