@@ -119,6 +119,11 @@ async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False)
             by_name, guest_ranges, parse_flat_view(await destination.human("info mtree -f"))
         )
     readers, unread = await in_thread(_dma_readers, source, source_blocks, guest_ranges)
+    qtree = await source.human("info qtree")
+    has_vfio = vfio_devices(qtree) > 0
+    if has_vfio and not readers and not unread:
+        # QEMU says so, and nothing of it was found in the process: that is not "no writes"
+        unread = [_unread("none of its VFIO devices was found among its descriptors")]
     findings += unread
     findings += _mapper_findings(source, source_blocks)
     findings += _mapper_findings(destination, destination_blocks)
@@ -127,8 +132,6 @@ async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False)
         raise Refused(findings)
 
     ramblocks = (await source.execute("x-query-ramblock"))["human-readable-text"]
-    qtree = await source.human("info qtree")
-    has_vfio = vfio_devices(qtree) > 0
     # a second start of tracking does no harm to a legacy container, and clears all bits elsewhere
     shareable = all(issubclass(reader, VfioType1) for reader in readers)
     return Plan(
@@ -301,10 +304,16 @@ def _dma_readers(
             reader.stop()
             readers.append(type(reader))
     except (TrackerError, OSError) as error:
-        mend = "unplug the device (device_del) before migrating"
-        problem = f"what the source's devices write cannot be tracked: {error}"
-        return [], [Finding("VFIO", problem, mend)]
+        return [], [_unread(str(error))]
     return readers, []
+
+
+def _unread(why: str) -> Finding:
+    return Finding(
+        "VFIO",
+        f"what the source's devices write cannot be tracked: {why}",
+        "unplug the device (device_del) before migrating",
+    )
 
 
 def _mapper_findings(vm: Qmp, blocks: Sequence[RamBlock]) -> list[Finding]:

@@ -151,6 +151,23 @@ def test_a_device_that_cannot_be_tracked_is_refused(
     asyncio.run(body())
 
 
+def test_a_device_that_is_not_found_is_refused(
+    edu: Device, inner_qemu: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU says that it has one: that nobody reads it does not mean that it writes nothing."""
+
+    async def body() -> None:
+        async with inner.running(two_sides(edu, inner_qemu, tmp_path)) as guest:
+            vms = guest.vms
+            await vms.start_destination()
+            monkeypatch.setattr("migrator.preflight.dma_sources", lambda *_: [])
+            with pytest.raises(Refused, match="none of its VFIO devices was found"):
+                await migrate(vms.source.qmp, vms.destination.qmp, REHEARSAL)
+            assert await vms.state(vms.source) == "running"
+
+    asyncio.run(body())
+
+
 async def device_bytes(vms: Pair) -> int:
     """Bytes of VFIO device state that the source has sent (QAPI: VfioStats)."""
     qmp = await Qmp.connect("source", vms.source.qmp)
