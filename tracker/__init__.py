@@ -21,6 +21,11 @@ The path of a dirty bit, in the order of the modules:
 - :mod:`tracker.softdirty`  a source for kernels without asynchronous write-protection:
   :mod:`tracker.pagemap` reads the bits, :mod:`tracker.frozen` has the process stand still meanwhile
   (:mod:`tracker.freezer` is who stops it)
+- :mod:`tracker.uffdsync`  another one: each first write waits for :mod:`tracker.faultserver`, whose
+  loops are :mod:`tracker.faults`
+- :mod:`tracker.contenthash`  a source that needs nothing of the kernel: :mod:`tracker.copies` knows
+  the digests (:mod:`tracker.pagehash`, :mod:`tracker.xxh64`) of what was copied;
+  :mod:`tracker.coarse` has it look at what another source reports
 - :mod:`tracker.merge`    several sources become one bitmap a block
 
 Beside it: :mod:`tracker.probe` tries whether the kernel does what all of this relies on, on a

@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 
-from tracker import kernels
 from tracker.abi import pagemap
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import RamError
+from tracker.pages import seek_data
 from tracker.ram import RamBlock
 from tracker.syscalls import pagemap_scan
 
@@ -37,7 +37,7 @@ def data_pages(pid: int, block: RamBlock, fd: int) -> DirtyBitmap:
 
 def _sought(block: RamBlock, fd: int) -> DirtyBitmap:
     data = DirtyBitmap.empty(block.npages)
-    error = kernels.seek_data(fd, block.npages, block.page_size, data.words)
+    error = seek_data(fd, block.npages, block.page_size, data.words)
     if error:
         if os.fstat(fd).st_size < block.size:
             raise RamError(block.name, "its file became shorter than the block")

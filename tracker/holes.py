@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracker import kernels
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import RamError, SourceError
 from tracker.extents import data_pages
+from tracker.pages import zero_pages
 from tracker.ram import RamBlock, open_file
-from tracker.syscalls import watch_modifications
+from tracker.syscalls import was_modified, watch_modifications
 
 
 class Holes:
@@ -34,9 +34,15 @@ class Holes:
     name = "holes"
     exact = True
 
-    def __init__(self, pid: int, blocks: Sequence[RamBlock]) -> None:
+    def __init__(self, pid: int, blocks: Sequence[RamBlock], *, reads: bool = True) -> None:
+        """Prepare; nothing is done yet.
+
+        :param reads: look into pages as well, at memory speed, for those that were discarded and
+            read since. Who copies pages needs it; who counts them would count all that hold zeros.
+        """
         self._pid = pid
         self._blocks = tuple(blocks)
+        self._reads = reads
         self._fds: dict[str, int] = {}
         self._watcher = -1
         self.data: dict[str, DirtyBitmap] = {}
@@ -86,7 +92,7 @@ class Holes:
                 raise SourceError(self.name, str(error)) from error
             self.data[block.name] = now
             discarded[block.name] = before.minus(now)
-            if modified:
+            if modified and self._reads:
                 kept = before.minus(discarded[block.name])
                 if written is not None:
                     kept = kept.minus(written[block.name])
@@ -98,21 +104,16 @@ class Holes:
         zeros = DirtyBitmap.empty(block.npages)
         with mmap.mmap(self._fds[block.name], block.size, mmap.MAP_SHARED, mmap.PROT_READ) as ram:
             memory = np.frombuffer(ram, np.uint8)
-            kernels.zero_pages(memory, block.page_size, pages.words, zeros.words)
+            zero_pages(memory, block.page_size, pages.words, zeros.words)
             del memory
         return zeros
 
     def _modified(self) -> bool:
         """Tell whether any of the files was modified by a system call since the last call."""
-        modified = False
         try:
-            while os.read(self._watcher, 65536):  # an overflow is an event as well
-                modified = True
-        except BlockingIOError:
-            return modified
+            return was_modified(self._watcher)
         except OSError as error:
             raise SourceError(self.name, f"inotify: {error}") from error
-        return modified
 
     def stop(self) -> None:
         """Close the files. May be called again."""

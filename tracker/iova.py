@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker import kernels
+from tracker import rescale
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import BitmapError, RamError
 from tracker.ram import GuestRange, RamBlock
@@ -156,7 +156,7 @@ class Reach:
             first, remainder = divmod(start - iova, bit_size)
             if remainder or (stop - start) % bit_size:
                 raise BitmapError(f"bits of {bit_size} bytes from {iova:#x} do not fit {one}")
-            kernels.spread(
+            rescale.spread(
                 bits,
                 first,
                 (stop - start) // bit_size,

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import SourceError, TrackerError
+from tracker.union import unite
 
 
-@dataclass(frozen=True)
+@dataclass
 class Merged:
     """What all sources together reported.
 
@@ -41,7 +44,7 @@ def merge(
     reports: Mapping[str, Mapping[str, DirtyBitmap]],
     inexact: Collection[str] = (),
 ) -> Merged:
-    """Unite the reports of one collect.
+    """Unite the reports of one collect, in one pass through memory.
 
     :param npages: number of pages of every block that is being moved
     :param reports: what each source's ``collect()`` returned, by name of source; one or more, and
@@ -57,27 +60,23 @@ def merge(
     for source, report in reports.items():
         _check(npages, source, report)
 
-    union = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
-    repeated = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
-    written = {block: DirtyBitmap.empty(n) for block, n in npages.items()}
-    for source, report in reports.items():
-        for block, bitmap in report.items():
-            repeated[block] |= union[block] & bitmap
-            union[block] |= bitmap
-            if source not in inexact:
-                written[block] |= bitmap
+    # exact ones first
+    order = sorted(reports, key=lambda source: source in inexact)
+    nexact = sum(source not in inexact for source in reports)
+    counts = np.zeros((len(order), 2), np.int64)
+    bitmaps, suspects, pages = {}, {}, 0
+    for block, n in npages.items():
+        exact, rest = bitmaps[block], suspects[block] = DirtyBitmap.empty(n), DirtyBitmap.empty(n)
+        addresses = [reports[source][block].words.ctypes.data for source in order]
+        sources = np.array(addresses, np.uint64)
+        pages += int(unite(sources, nexact, exact.words, rest.words, counts))
+    pairs = list(zip(order, counts.tolist(), strict=True))
     return Merged(
-        bitmaps=written,
-        suspects={block: union[block].minus(written[block]) for block in npages},
-        pages=sum(bitmap.count() for bitmap in union.values()),
-        pages_by_source={
-            source: sum(bitmap.count() for bitmap in report.values())
-            for source, report in reports.items()
-        },
-        only_by_source={
-            source: sum(bitmap.minus(repeated[block]).count() for block, bitmap in report.items())
-            for source, report in reports.items()
-        },
+        bitmaps,
+        suspects,
+        pages,
+        pages_by_source={source: found for source, (found, _) in pairs},
+        only_by_source={source: alone for source, (_, alone) in pairs},
     )
 
 

@@ -1,4 +1,4 @@
-"""What the kernels call that is not Python: two processor instructions, and libc.
+"""What the kernels call that is not Python: two processor instructions, libc, and an address.
 
 Compiled kernels call these directly; with ``NUMBA_DISABLE_JIT=1`` the same names are plain Python
 and ctypes functions, so that a kernel's source runs either way. The libc functions take and return
@@ -6,7 +6,10 @@ what ``man 2`` says; a pointer is the ``.ctypes`` attribute of an array::
 
     memcpy(dst, src, nbytes)                     memcmp(a, b, nbytes) -> int
     madvise(start, nbytes, advice) -> int        lseek(fd, offset, whence) -> int
-    pwrite(fd, buffer, nbytes, offset) -> int    errno() -> int, of this thread's last failure
+    pwrite(fd, buffer, nbytes, offset) -> int    writev(fd, iovecs, count) -> int
+    read(fd, buffer, nbytes) -> int              ioctl(fd, request, argument) -> int
+    ppoll(pollfds, n, timespec, sigset) -> int   clock_gettime(clock, timespec) -> int
+    errno() -> int, of this thread's last failure
 
 Numba stamps its cache with the file of the kernel itself only: after a change here, delete
 ``tracker/__pycache__``.
@@ -20,8 +23,10 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 PUNCH_HOLE = 2 | 1
 """include/uapi/linux/falloc.h: FALLOC_FL_PUNCH_HOLE, which demands FALLOC_FL_KEEP_SIZE."""
@@ -36,12 +41,19 @@ trailing_zeros: Callable[[np.uint64], int]
 """Index of the lowest set bit; 64 if there is none."""
 bit_count: Callable[[np.uint64], int]
 """Number of set bits."""
+words_at: Callable[[np.uint64, int], NDArray[np.uint64]]
+"""``words_at(address, nwords)``: an array of words that lie there. Nothing is checked."""
 memcpy: Callable[..., int]
 memcmp: Callable[..., int]
 madvise: Callable[..., int]
 lseek: Callable[..., int]
 pwrite: Callable[..., int]
 fallocate: Callable[..., int]
+writev: Callable[..., int]
+read: Callable[..., int]
+ioctl: Callable[..., int]
+ppoll: Callable[..., int]
+clock_gettime: Callable[..., int]
 errno: Callable[[], int]
 
 _numba: Any = numba  # its own types, which came late and differ by version, do not fit here
@@ -50,7 +62,8 @@ _types: Any = types
 
 
 def _use_machine_code() -> None:
-    global trailing_zeros, bit_count, memcpy, memcmp, madvise, lseek, pwrite, fallocate, errno
+    global trailing_zeros, bit_count, words_at, memcpy, memcmp, madvise, lseek, pwrite, fallocate
+    global writev, read, ioctl, ppoll, clock_gettime, errno
 
     def cttz(typing_context: Any, word: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -64,8 +77,22 @@ def _use_machine_code() -> None:
 
         return _types.int64(_types.uint64), generate
 
+    def to_pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+
+        return _types.CPointer(_types.uint64)(_types.uint64), generate
+
     trailing_zeros = _intrinsic(cttz)
     bit_count = _intrinsic(ctpop)
+    pointer_to = _intrinsic(to_pointer)
+    carray = _numba.carray
+
+    @_numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    def read_words_at(address: np.uint64, nwords: int) -> NDArray[np.uint64]:
+        return carray(pointer_to(address), nwords)  # type: ignore[no-any-return]
+
+    words_at = read_words_at
 
     pointer, size = _types.voidptr, _types.uintp
     int32, int64, ssize = _types.int32, _types.int64, _types.intp
@@ -76,9 +103,13 @@ def _use_machine_code() -> None:
     lseek = function("lseek", int64(int32, int64, int32))
     pwrite = function("pwrite", ssize(int32, pointer, size, int64))
     fallocate = function("fallocate", int32(int32, int32, int64, int64))
+    writev = function("writev", ssize(int32, pointer, int32))
+    read = function("read", ssize(int32, pointer, size))
+    ioctl = function("ioctl", int32(int32, size, pointer))
+    ppoll = function("ppoll", int32(pointer, size, pointer, pointer))
+    clock_gettime = function("clock_gettime", int32(int32, pointer))
 
     errno_location = function("__errno_location", _types.CPointer(int32)())
-    carray = _numba.carray
 
     @_numba.njit(nogil=True)  # type: ignore[untyped-decorator]
     def read_errno() -> int:
@@ -88,10 +119,16 @@ def _use_machine_code() -> None:
 
 
 def _use_python() -> None:
-    global trailing_zeros, bit_count, memcpy, memcmp, madvise, lseek, pwrite, fallocate, errno
+    global trailing_zeros, bit_count, words_at, memcpy, memcmp, madvise, lseek, pwrite, fallocate
+    global writev, read, ioctl, ppoll, clock_gettime, errno
 
     trailing_zeros = lambda word: ((int(word) & -int(word)).bit_length() - 1) % 65  # noqa: E731
     bit_count = lambda word: int(word).bit_count()  # noqa: E731
+
+    def read_words_at(address: np.uint64, nwords: int) -> NDArray[np.uint64]:
+        return np.ctypeslib.as_array((ctypes.c_uint64 * nwords).from_address(int(address)))
+
+    words_at = read_words_at
 
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -108,6 +145,11 @@ def _use_python() -> None:
     lseek = function("lseek", int64, int32, int64, int32)
     pwrite = function("pwrite", ssize, int32, pointer, size, int64)
     fallocate = function("fallocate", int32, int32, int32, int64, int64)
+    writev = function("writev", ssize, int32, pointer, int32)
+    read = function("read", ssize, int32, pointer, size)
+    ioctl = function("ioctl", int32, int32, size, pointer)
+    ppoll = function("ppoll", int32, pointer, size, pointer, pointer)
+    clock_gettime = function("clock_gettime", int32, int32, pointer)
     errno = ctypes.get_errno
 
 

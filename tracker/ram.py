@@ -49,14 +49,14 @@ class Mapping:
 
 @dataclass(frozen=True)
 class RamBlock:
-    """A block of guest RAM that is one shared, named file.
+    """A block of guest RAM: one shared file, but for what :mod:`tracker.address` finds.
 
     :ivar name: id of the memory backend
     :ivar size: bytes, a multiple of ``page_size``
     :ivar page_size: bytes a page: 4096, or that of hugetlbfs
     :ivar hva: address of its first byte in QEMU's process
-    :ivar device: ``st_dev`` of the file
-    :ivar inode: ``st_ino`` of the file
+    :ivar device: ``st_dev`` of the file; 0 if there is none
+    :ivar inode: ``st_ino`` of the file; 0 if there is none
     """
 
     name: str
@@ -75,6 +75,11 @@ class RamBlock:
     def is_hugetlb(self) -> bool:
         """Whether the pages are huge pages out of the kernel's pool."""
         return self.page_size > os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def has_file(self) -> bool:
+        """Whether there is a file, without which RAM can be tracked, but not moved."""
+        return self.inode != 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def find_block(pid: int, name: str, size: int, mem_path: str) -> RamBlock:
         raise RamError(name, f"several files match {mem_path}")
     hva = _whole(name, size, ours)
     return RamBlock(
-        name, size, _kernel_page_size(pid, hva), hva, device=ours[0].device, inode=ours[0].inode
+        name, size, kernel_page_size(pid, hva), hva, device=ours[0].device, inode=ours[0].inode
     )
 
 
@@ -186,7 +191,11 @@ def _whole(name: str, size: int, pieces: Sequence[Mapping]) -> int:
     return first.start
 
 
-def _kernel_page_size(pid: int, address: int) -> int:
+def kernel_page_size(pid: int, address: int) -> int:
+    """Bytes a page of the mapping that starts at an address.
+
+    :raise OSError: none does, or the process cannot be looked at
+    """
     here = f"{address:x}-".encode()
     with open(f"/proc/{pid}/smaps", "rb") as smaps:
         inside = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
+_PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _CAP_SYS_PTRACE = 1 << 19
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
@@ -20,13 +22,15 @@ def proc_status(pid: int | str) -> dict[str, str]:
 def why_refused(pid: int) -> str:
     """Tell what stands in the way of ptrace, after it failed with EPERM (``ptrace(2)``).
 
-    :raise OSError: the process is gone
+    :raise OSError: the process is gone, or about to be
     """
     target = proc_status(pid)
     tracer = int(target["TracerPid"])
     if tracer:
         return f"it is already traced by process {tracer} ({_command(tracer)})"
-    if "VmSize" not in target:
+    if "VmSize" not in target:  # it has no memory, or no more
+        if not _is_kernel_thread(pid):
+            raise ProcessLookupError(errno.ESRCH, "it is ending", str(pid))
         return "it is a kernel thread"
 
     ours = proc_status("self")
@@ -49,6 +53,12 @@ def why_refused(pid: int) -> str:
         reasons.append("a security module or a user namespace is in the way")
     held = "although we have" if privileged else "and we do not have"
     return f"ptrace is not permitted: {'; '.join(reasons)}; {held} CAP_SYS_PTRACE"
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        flags = file.read().rpartition(")")[2].split()[6]
+    return bool(int(flags) & _PF_KTHREAD)
 
 
 def _yama_scope() -> int:

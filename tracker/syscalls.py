@@ -7,6 +7,7 @@ interpreter lock.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -108,6 +109,18 @@ def watch_modifications(fds: Sequence[int]) -> int:
             os.close(watcher)
             raise failed("inotify_add_watch", errno)
     return int(watcher)
+
+
+def was_modified(watcher: int) -> bool:
+    """Whether any of the files of :func:`watch_modifications` was, since this was asked last.
+
+    :raise OSError: it does not tell
+    """
+    modified = False
+    with contextlib.suppress(BlockingIOError):
+        while os.read(watcher, 65536):  # an overflow is an event as well
+            modified = True
+    return modified
 
 
 def uffd_api(fd: int, features: int) -> int:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tracker.abi import pagemap, userfaultfd
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import SourceError
+from tracker.history import find_spans
 from tracker.inject import acquire_userfaultfd
 from tracker.ram import RamBlock
-from tracker.syscalls import pagemap_scan, uffd_api, uffd_register
+from tracker.syscalls import pagemap_scan, uffd_api, uffd_register, uffd_unregister
 
 FEATURES = (
     userfaultfd.UFFD_FEATURE_WP_ASYNC
@@ -32,6 +33,10 @@ FEATURES = (
     | userfaultfd.UFFD_FEATURE_PAGEFAULT_FLAG_WP
 )
 _REGIONS = 65536  # 1.5 MiB of vector; the kernel itself works in batches of 512
+_SPANS = 1024  # a call each, of some microseconds
+
+Leave = Callable[[Mapping[str, DirtyBitmap]], Mapping[str, DirtyBitmap]]
+"""Of the pages that were written, by block, those that need not be protected again."""
 
 
 class UffdAsync:
@@ -50,6 +55,7 @@ class UffdAsync:
         self._uffd = -1
         self._pagemap = -1
         self._regions = np.zeros((_REGIONS, 3), dtype=np.uint64)
+        self._given_up = {block.name: DirtyBitmap.empty(block.npages) for block in blocks}
 
     def start(self) -> None:
         """Register all blocks and protect every page of theirs.
@@ -69,33 +75,112 @@ class UffdAsync:
                     self.name, "the kernel has no async write-protection of shared memory"
                 ) from error
             for block in self._blocks:
-                self._register(block)
+                self._register(block, block.hva, block.size)
             self.collect()  # everything counts as written before it was protected once
         except BaseException:
             self.stop()
             raise
 
-    def _register(self, block: RamBlock) -> None:
+    def _register(self, block: RamBlock, start: int, nbytes: int) -> None:
         try:
-            uffd_register(self._uffd, block.hva, block.size, userfaultfd.UFFDIO_REGISTER_MODE_WP)
+            uffd_register(self._uffd, start, nbytes, userfaultfd.UFFDIO_REGISTER_MODE_WP)
         except OSError as error:
             reason = (
-                "somebody else has a userfaultfd on it (a background snapshot?)"
+                "somebody else has a userfaultfd on it (a migration, or a background snapshot?)"
                 if error.errno == errno.EBUSY
                 else str(error)
             )
             raise SourceError(self.name, f"cannot register {block.name!r}: {reason}") from error
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        """Pages written since the last call, which are protected again.
+    def give_up(self, spans: Mapping[str, DirtyBitmap]) -> None:
+        """Let go of some pages: another userfaultfd may have them.
 
+        Nothing is told of what is written to them from the last :meth:`collect` on. Whoever tracks
+        them next has to count all of them as written, *after* it has protected them.
+
+        :param spans: by block; each run of pages costs the process a mapping or two
+        :raise SourceError: the memory is gone: nothing is known of any page
+        """
+        for block, start, nbytes in self._runs(spans):
+            try:
+                uffd_unregister(self._uffd, start, nbytes)
+            except OSError as error:
+                raise SourceError(self.name, f"letting go of {block.name!r}: {error}") from error
+        for name, pages in spans.items():
+            self._given_up[name] = self._given_up[name] | pages
+
+    def take_back(self, spans: Mapping[str, DirtyBitmap]) -> None:
+        """Track pages again that were given up, and nobody else tracks any more.
+
+        From the return of this call on, every write is in some :meth:`collect`. What was written
+        before is not: count all of them as written.
+
+        :param spans: by block
+        :raise SourceError: they cannot be registered: nothing is known of any page
+        """
+        for block, start, nbytes in self._runs(spans):
+            self._register(block, start, nbytes)
+            first = (start - block.hva) // block.page_size
+            written = DirtyBitmap.empty(block.npages)  # as everything that is not protected
+            self._scan_into(written, block, first, first + nbytes // block.page_size)
+        for name, pages in spans.items():
+            self._given_up[name] = self._given_up[name].minus(pages)
+
+    def _runs(self, spans: Mapping[str, DirtyBitmap]) -> Iterator[tuple[RamBlock, int, int]]:
+        """Address and bytes of each run of pages."""
+        for block in self._blocks:
+            for first, npages in zip(*spans[block.name].runs(), strict=True):
+                address = block.hva + int(first) * block.page_size
+                yield block, address, int(npages) * block.page_size
+
+    def collect(self, leave: Leave | None = None) -> dict[str, DirtyBitmap]:
+        """Pages written since the last call, which are protected again; none that was given up.
+
+        :param leave: asked which of them to leave unprotected. Their writer pays no more faults,
+            and nothing is learned about them: they are in each call's result until they are
+            protected. It is an offer: where they alternate with many others, all are protected. The
+            caller owes them until it has sent them after a call that did not leave them.
         :raise SourceError: the scan failed or stood still: nothing is known of any page
         """
-        return {block.name: self._scan(block) for block in self._blocks}
+        if leave is None:
+            return {block.name: self._scan(block) for block in self._blocks}
+        written = {block.name: self._scan(block, protect=False) for block in self._blocks}
+        left = leave(written)
+        for block in self._blocks:
+            self._protect(block, written[block.name], left[block.name])
+        return written
 
-    def _scan(self, block: RamBlock) -> DirtyBitmap:
+    def _protect(self, block: RamBlock, written: DirtyBitmap, left: DirtyBitmap) -> None:
+        """Protect what was written but is not left; add what is found to be written by then."""
+        starts, stops = np.empty((2, _SPANS), np.int64)
+        barred = left | self._given_up[block.name]
+        n = find_spans(written.minus(barred).words, barred.words, starts, stops)
+        spans = zip(starts[:n].tolist(), stops[:n].tolist(), strict=True)
+        for start, stop in spans if n <= _SPANS else self._kept(block):
+            self._scan_into(written, block, start, stop)
+
+    def _scan(self, block: RamBlock, *, protect: bool = True) -> DirtyBitmap:
+        """Written pages."""
         dirty = DirtyBitmap.empty(block.npages)
-        at, end = block.hva, block.hva + block.size
+        for start, stop in self._kept(block):
+            self._scan_into(dirty, block, start, stop, protect=protect)
+        return dirty
+
+    def _kept(self, block: RamBlock) -> list[tuple[int, int]]:
+        """Ranges of pages that are not given up."""
+        starts, lengths = self._given_up[block.name].runs()
+        edges = np.stack([starts, starts + lengths], axis=1).ravel()
+        ranges = np.concatenate([[0], edges, [block.npages]]).reshape(-1, 2)
+        return [(start, stop) for start, stop in ranges.tolist() if start < stop]
+
+    def _scan_into(
+        self, dirty: DirtyBitmap, block: RamBlock, first: int, last: int, *, protect: bool = True
+    ) -> None:
+        """Add written pages of ``first <= page < last``."""
+        flags = pagemap.PM_SCAN_CHECK_WPASYNC
+        if protect:
+            flags |= pagemap.PM_SCAN_WP_MATCHING
+        at, end = block.hva + first * block.page_size, block.hva + last * block.page_size
         while at < end:
             try:
                 count, walked = pagemap_scan(
@@ -103,7 +188,7 @@ class UffdAsync:
                     at,
                     end,
                     self._regions,
-                    flags=pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC,
+                    flags=flags,
                     category_mask=pagemap.PAGE_IS_WRITTEN,
                     return_mask=pagemap.PAGE_IS_WRITTEN,
                 )
@@ -113,7 +198,6 @@ class UffdAsync:
                 raise SourceError(self.name, f"the scan of {block.name!r} stands at {at:#x}")
             dirty.set_regions(self._regions, count, block.hva, block.page_size)
             at = walked
-        return dirty
 
     def stop(self) -> None:
         """Let go of the process: the kernel unprotects everything. May be called again."""

@@ -47,9 +47,9 @@ from tracker.abi.uio import iovec
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import MapChanged, SourceError
 from tracker.inject import acquire_userfaultfd
-from tracker.kernels import warm_up
 from tracker.ram import check_unmoved, other_mappers
 from tracker.syscalls import uffd_api, uffd_register
+from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live
 

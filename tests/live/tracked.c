@@ -5,7 +5,8 @@
  *     store FIRST COUNT STEP BYTE   one byte into each page, by the processor
  *     load FIRST COUNT STEP         read each page
  *     hammer KIND THREADS           threads that do the same thing to random pages from now on:
- *                                   add, add_slowly, copy, punch
+ *                                   add, add_slowly, copy, flip, look, punch
+ *     looked                        the answer is how often a thread that looks has by now
  *     rest                          end these threads; the answer is what they added in total
  *     call NAME ARGUMENT...         a system call of the main thread; the answer is what it
  *                                   returned, or -errno
@@ -53,7 +54,7 @@ static size_t size, page_size, npages;
 static pthread_t threads[MAX_THREADS];
 static int nthreads;
 static atomic_bool resting;
-static atomic_ulong added;
+static atomic_ulong added, looks;
 
 static void die(const char *what)
 {
@@ -98,6 +99,22 @@ static void *add_slowly(void *seed) /* so that most pages are not written again 
     return add_every(50, (uintptr_t)seed);
 }
 
+static void *flip(void *seed) /* one byte of each page, back and forth between two values */
+{
+    uint64_t state = (uintptr_t)seed;
+    while (!resting)
+        *(volatile unsigned char *)random_page(&state) = random_number(&state) & 1;
+    return NULL;
+}
+
+static void *look(void *seed) /* reads, and writes nowhere in the memory */
+{
+    uint64_t state = (uintptr_t)seed;
+    for (; !resting; looks++)
+        (void)*(volatile unsigned char *)random_page(&state);
+    return NULL;
+}
+
 static void *copy(void *seed) /* the kernel writes: copy_to_user */
 {
     uint64_t state = (uintptr_t)seed;
@@ -128,7 +145,10 @@ static void *punch(void *seed)
 static const struct {
     const char *name;
     void *(*run)(void *);
-} kinds[] = {{"add", add}, {"add_slowly", add_slowly}, {"copy", copy}, {"punch", punch}};
+} kinds[] = {
+    {"add", add}, {"add_slowly", add_slowly}, {"copy", copy}, {"flip", flip}, {"look", look},
+    {"punch", punch},
+};
 
 static const struct {
     const char *name;
@@ -313,6 +333,8 @@ static long do_command(char *line)
     }
     if (sscanf(line, "hammer %31s %d", word, &n) == 2)
         return hammer(word, n);
+    if (!strncmp(line, "looked", 6))
+        return looks;
     if (!strncmp(line, "rest", 4))
         return rest();
     if (sscanf(line, "call %31s%n", word, &n) == 1)

@@ -24,6 +24,7 @@ from tracker.bitmap import DirtyBitmap
 from tracker.holes import Holes
 from tracker.merge import merge
 from tracker.ram import RamBlock, find_block
+from tracker.source import DirtySource
 from tracker.uffd import UffdAsync
 
 PAGE = 4096
@@ -156,6 +157,10 @@ class Tracked:
         """End the hammering; return what its increments add up to."""
         return self.tell("rest")
 
+    def looked(self) -> int:
+        """How often threads that look have done so by now."""
+        return self.tell("looked")
+
     def call(self, name: str, *arguments: int) -> int:
         result = self.tell("call", name, *arguments)
         if result < 0:
@@ -250,13 +255,18 @@ def tracked(
 
 # --- the tracker's side ---------------------------------------------------------------------------
 
+Source = Callable[[int, Sequence[RamBlock]], DirtySource]
+
 
 class Tracker:
-    """Both sources, asked in the order in which a migration asks them."""
+    """Both sources, asked in the order in which a migration asks them.
 
-    def __init__(self, child: Tracked) -> None:
+    :ivar uffd: the source that knows what the processor wrote
+    """
+
+    def __init__(self, child: Tracked, source: Source = UffdAsync) -> None:
         self.block = child.block
-        self.uffd = UffdAsync(child.pid, [child.block])
+        self.uffd = source(child.pid, [child.block])
         self.holes = Holes(child.pid, [child.block])
 
     def collect(self) -> DirtyBitmap:
@@ -270,8 +280,8 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def tracking(child: Tracked) -> Iterator[Tracker]:
-    tracker = Tracker(child)
+def tracking(child: Tracked, source: Source = UffdAsync) -> Iterator[Tracker]:
+    tracker = Tracker(child, source)
     try:
         tracker.uffd.start()
         tracker.holes.start()

@@ -36,9 +36,10 @@ def reserve(size):
 def open_(path):
     return os.open(path.encode("utf-8", "surrogateescape"), os.O_RDWR)
 
-def map_(fd, size, offset=0, shared=True, at=None):
+def map_(fd, size, offset=0, shared=True, at=None, align=4096):
     # in the middle of a reservation, so that no mapping ever touches another by chance
-    at = reserve(size + 8192) + 4096 if at is None else at
+    if at is None:
+        at = (reserve(size + 2 * align) + align) // align * align
     flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | 0x10  # MAP_FIXED
     return check(libc.mmap(word(at), word(size), 3, flags, fd, word(offset)), "mmap")
 
@@ -119,15 +120,17 @@ class Mapper:
 
 
 class Ram:
-    """A file that a process of its own has mapped whole, as one RAM block."""
+    """A file that a process, its own unless it is given one, has mapped whole, as one RAM block."""
 
-    def __init__(self, path: Path, npages: int, name: str = "ram") -> None:
+    def __init__(
+        self, path: Path, npages: int, name: str = "ram", mapper: Mapper | None = None
+    ) -> None:
         self.path, self.npages, self.size = path, npages, npages * PAGE
         if not path.exists():
             path.touch()
         os.truncate(path, self.size)
-        self.mapper = Mapper()
-        self.hva = self.mapper.map(path, self.size)
+        self.mapper = mapper or Mapper()
+        self.hva = self.mapper.map(path, self.size, align=os.statvfs(path).f_bsize)
         self.pid = self.mapper.pid
         self.block: RamBlock = find_block(self.pid, name, self.size, str(path))
 
