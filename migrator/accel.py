@@ -17,6 +17,7 @@ from typing import Literal
 
 from migrator.errors import AccelUnavailable
 from migrator.guest import MIB, Workload, boot_image, guest_args, heartbeats
+from migrator.settle import within
 
 KVM_DEVICE = "/dev/kvm"
 
@@ -82,7 +83,7 @@ async def _kvm_guest_problem(qemu_binary: str) -> str | None:
     async with _probe_guest(qemu_binary) as process:
         started = time.monotonic()
         try:
-            ended = await asyncio.wait_for(_record(process, arrivals), PROBE_S)
+            ended = await within(PROBE_S, _record(process, arrivals))
         except asyncio.TimeoutError:
             if not arrivals:
                 return f"a KVM guest did not boot within {PROBE_S} s"
@@ -156,4 +157,4 @@ async def _probe_guest(qemu_binary: str) -> AsyncIterator[asyncio.subprocess.Pro
             process.kill()
         # Bounded: a process stuck in the kernel must not stop us too.
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _KILL_TIMEOUT_S)
+            await within(_KILL_TIMEOUT_S, process.wait())

@@ -38,7 +38,9 @@ PIT_HZ = 1_193_182
 FULL_SPEED = 0x7FFF_FFFF
 """A budget that no tick can use up."""
 
-_ORIGIN = 0x7C00
+ORIGIN = 0x7C00
+"""Where the BIOS loads a boot sector, and begins to run it."""
+
 _STACK = 0x7000
 _CODE, _DATA = 0x08, 0x10
 _TICK_VECTOR = 0x20
@@ -77,17 +79,17 @@ def listing(parameters: Parameters) -> str:
 
 
 def _program(p: Parameters) -> Assembly:
-    s = Assembly(_ORIGIN)
+    s = Assembly(ORIGIN)
     s.listing.append(".code16")
     if p.dma:
         _load_second_sector(s)
-    _enter_protected_mode(s)
-    _start_timer(s, p)
+    enter_protected_mode(s)
+    start_timer(s, p.pit_divisor)
     if p.dma:
         s.op("e8 rel32:find_edu", "call find_edu")
     _walk(s, p)
     _tick(s, p)
-    _tables(s)
+    tables(s)
     s.end_boot_sector()
     if p.dma:
         edu.find_edu(s, p.dma)
@@ -103,14 +105,30 @@ def _load_second_sector(s: Assembly) -> None:
     s.op(f"bc imm16:{_STACK}", f"mov sp, {_STACK}")
     s.label("load")
     s.op("b8 01 02", "mov ax, 0x0201")  # read, one sector
-    s.op(f"bb imm16:{_ORIGIN + SECTOR_SIZE}", f"mov bx, {_ORIGIN + SECTOR_SIZE}")
+    s.op(f"bb imm16:{ORIGIN + SECTOR_SIZE}", f"mov bx, {ORIGIN + SECTOR_SIZE}")
     s.op("b9 02 00", "mov cx, 2")  # cylinder 0, sector 2: they count from 1
     s.op("b6 00", "mov dh, 0")  # head 0
     s.op("cd 13", "int 0x13")
     s.op("72 rel8:load", "jc load")
 
 
-def _enter_protected_mode(s: Assembly) -> None:
+def enter_protected_mode(s: Assembly) -> None:
+    """Append the way there from real mode: a stack, interrupts off; changes eax.
+
+    Needs ``gdtr`` and ``idtr``.
+    """
+    enter_flat_segments(s, "protected")
+    s.op(f"bc imm32:{_STACK}", f"mov esp, {_STACK}")
+    s.op("0f 01 1d abs32:idtr", "lidt [idtr]")
+
+
+def enter_flat_segments(s: Assembly, label: str) -> None:
+    """Append the way to protected mode: A20 on, interrupts off, no stack yet; changes eax.
+
+    Needs ``gdtr``.
+
+    :param label: for the first instruction there
+    """
     s.op("fa", "cli")
     s.op("31 c0", "xor ax, ax")
     s.op("8e d8", "mov ds, ax")
@@ -122,19 +140,17 @@ def _enter_protected_mode(s: Assembly) -> None:
     s.op("0f 20 c0", "mov eax, cr0")
     s.op("0c 01", "or al, 1")
     s.op("0f 22 c0", "mov cr0, eax")
-    s.op(f"ea abs16:protected imm16:{_CODE}", f"ljmp {_CODE}, offset protected")
+    s.op(f"ea abs16:{label} imm16:{_CODE}", f"ljmp {_CODE}, offset {label}")
     s.listing.append(".code32")
-    s.label("protected")
+    s.label(label)
     s.op(f"66 b8 imm16:{_DATA}", f"mov ax, {_DATA}")
     s.op("8e d8", "mov ds, eax")
     s.op("8e c0", "mov es, eax")
     s.op("8e d0", "mov ss, eax")
-    s.op(f"bc imm32:{_STACK}", f"mov esp, {_STACK}")
-    s.op("0f 01 1d abs32:idtr", "lidt [idtr]")
 
 
-def _start_timer(s: Assembly, p: Parameters) -> None:
-    """Let through the timer interrupt alone, every ``pit_divisor`` clocks."""
+def start_timer(s: Assembly, pit_divisor: int) -> None:
+    """Append: let through the timer interrupt alone, every ``pit_divisor`` clocks; changes al."""
     _out(s, 0x20, 0x11)  # first PIC, ICW1: edge-triggered, cascaded, ICW4 follows
     _out(s, 0x21, _TICK_VECTOR)  # ICW2: IRQ 0 is this vector
     _out(s, 0x21, 0x04)  # ICW3: the second PIC is at IRQ 2
@@ -142,8 +158,8 @@ def _start_timer(s: Assembly, p: Parameters) -> None:
     _out(s, 0x21, 0xFE)  # mask: all but IRQ 0
     _out(s, 0xA1, 0xFF)  # second PIC: all masked
     _out(s, 0x43, 0x34)  # PIT channel 0, low byte then high byte, mode 2 (rate generator)
-    _out(s, 0x40, p.pit_divisor & 0xFF)
-    _out(s, 0x40, p.pit_divisor >> 8)
+    _out(s, 0x40, pit_divisor & 0xFF)
+    _out(s, 0x40, pit_divisor >> 8)
 
 
 def _out(s: Assembly, port: int, value: int) -> None:
@@ -169,7 +185,11 @@ def _walk(s: Assembly, p: Parameters) -> None:
     # Signed: a tick may put 0 here at any moment, and the budget is then -1, not four billion.
     s.op("49", "dec ecx")
     s.op("7f rel8:walk", "jg walk")
+    pause(s)
 
+
+def pause(s: Assembly) -> None:
+    """Append ``pause``: halts while no page is left in ecx, and then goes to ``walk``."""
     s.label("pause")
     s.op("fa", "cli")
     s.op("85 c9", "test ecx, ecx")
@@ -184,12 +204,41 @@ def _walk(s: Assembly, p: Parameters) -> None:
 
 def _tick(s: Assembly, p: Parameters) -> None:
     s.label("tick")
-    _out(s, 0x20, 0x20)  # end of interrupt
+    end_of_interrupt(s)
     if p.dma:
         s.op("e8 rel32:run_edu", "call run_edu")
+    heartbeat(s, p.ticks_per_heartbeat)
+    s.op(f"81 c6 imm32:{p.budget_fraction}", f"add esi, {p.budget_fraction}")
+    s.op(f"b9 imm32:{p.budget}", f"mov ecx, {p.budget}")  # leaves the carry alone
+    s.op("83 d1 00", "adc ecx, 0")
+    return_from_interrupt(s)
+    put(s)
+
+
+def end_of_interrupt(s: Assembly) -> None:
+    """Append the word to the first PIC that another one may come; changes al."""
+    _out(s, 0x20, 0x20)
+
+
+def heartbeat(s: Assembly, ticks: int) -> None:
+    """Append: every so many ticks, say the number in ebx and add one to it.
+
+    :param ticks: of which ebp has those that are left
+
+    Needs ``put``; changes eax, ecx and edx.
+    """
     s.op("4d", "dec ebp")
     s.op("75 rel8:refill", "jnz refill")
-    s.op(f"bd imm32:{p.ticks_per_heartbeat}", f"mov ebp, {p.ticks_per_heartbeat}")
+    s.op(f"bd imm32:{ticks}", f"mov ebp, {ticks}")
+    say_number(s)
+    s.label("refill")
+
+
+def say_number(s: Assembly) -> None:
+    """Append: say the number in ebx, a heartbeat, and add one to it.
+
+    Needs ``put``; changes eax, ecx and edx.
+    """
     s.op("b9 imm32:8", "mov ecx, 8")
     s.label("digit")
     s.op("c1 c3 04", "rol ebx, 4")  # eight of these leave ebx as it was
@@ -205,10 +254,10 @@ def _tick(s: Assembly, p: Parameters) -> None:
     s.op("b0 0a", "mov al, 10")
     s.op("e8 rel32:put", "call put")
     s.op("43", "inc ebx")
-    s.label("refill")
-    s.op(f"81 c6 imm32:{p.budget_fraction}", f"add esi, {p.budget_fraction}")
-    s.op(f"b9 imm32:{p.budget}", f"mov ecx, {p.budget}")  # leaves the carry alone
-    s.op("83 d1 00", "adc ecx, 0")
+
+
+def return_from_interrupt(s: Assembly) -> None:
+    """Append ``ignore``, the end of every handler: back to where it interrupted."""
     s.label("ignore")
     # What iretd does within one ring. KVM's instruction emulator, which is all that runs guests on
     # some nested hosts, has no protected-mode iretd (arch/x86/kvm/emulate.c, em_iret).
@@ -218,6 +267,9 @@ def _tick(s: Assembly, p: Parameters) -> None:
     s.op("fb", "sti")  # until after the next instruction
     s.op("c2 imm16:8", "ret 8")
 
+
+def put(s: Assembly) -> None:
+    """Append ``put``, which writes al to COM1; changes ah and edx."""
     s.label("put")
     s.op("88 c4", "mov ah, al")
     s.op("66 ba imm16:1021", "mov dx, 0x3f8 + 5")
@@ -231,7 +283,8 @@ def _tick(s: Assembly, p: Parameters) -> None:
     s.op("c3", "ret")
 
 
-def _tables(s: Assembly) -> None:
+def segments(s: Assembly) -> None:
+    """Append ``gdtr``, and the descriptors of the flat segments."""
     s.label("gdt")
     s.op("imm32:0 imm32:0", ".quad 0")
     # Base 0, limit 4 GiB, ring 0, already marked as accessed: the CPU need not write here.
@@ -239,6 +292,11 @@ def _tables(s: Assembly) -> None:
     s.op("ff ff 00 00 00 93 cf 00", ".quad 0x00cf93000000ffff")
     s.label("gdtr")
     s.op("imm16:23 abs32:gdt", ".word 23; .long gdt")
+
+
+def tables(s: Assembly) -> None:
+    """Append the descriptors: of the segments, and of ``tick`` and ``ignore`` as handlers."""
+    segments(s)
     # Only the first PIC's eight vectors have gates; IRQ 7 may come unasked ("spurious"). Anything
     # else is a fault of this program: it resets the machine, and the heartbeats start at 0 again.
     s.label("idt", -8 * _TICK_VECTOR)

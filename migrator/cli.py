@@ -6,16 +6,25 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click  # everything slower is imported where it is used, where Ctrl-C is click's to catch
 
+from migrator import cli_control, cli_hosts, cli_record, cli_watch
+from migrator.cli_keys import keys
+from migrator.cli_report import report_option
+from migrator.cli_shared import (
+    SizeType,
+    conclude,
+    fail,
+    json_option,
+    limit_options,
+    memory_only_option,
+)
+
 if TYPE_CHECKING:
     from migrator.config import Config
-    from migrator.display import Display
-    from migrator.report import Report
 
 EPILOG = """\b
 Exit codes:
@@ -36,77 +45,21 @@ def main(verbose: int) -> None:
     logging.basicConfig(level=level, format="%(relativeCreated)8.0f ms %(name)s: %(message)s")
     # a lost connection reaches us as an exception
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
-def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
-    )(command)
-
-
-def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        [
-            click.option(
-                "--downtime-limit",
-                type=click.FloatRange(min=0, min_open=True),
-                default=100.0,
-                show_default=True,
-                metavar="MS",
-                help="Switch over once the expected downtime is not above this.",
-            ),
-            click.option(
-                "--max-rounds",
-                type=click.IntRange(min=1),
-                default=60,
-                show_default=True,
-                help="Give up after so many rounds.",
-            ),
-            click.option(
-                "--max-seconds",
-                type=click.FloatRange(min=0, min_open=True),
-                default=300.0,
-                show_default=True,
-                help="Give up after so long.",
-            ),
-            click.option(
-                "--on-limit",
-                type=click.Choice(["abort", "force"]),
-                default="abort",
-                show_default=True,
-                help="What giving up means: leave the VM where it is, or accept the downtime.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _memory_only_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--memory-only",
-        is_flag=True,
-        help="Rehearse: move and compare RAM, hand nothing over, let the source go on.",
-    )(command)
-
-
-class _SizeType(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        from migrator.config import parse_size
-
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+main.add_command(keys)
+cli_control.add_to(main)
+cli_hosts.add_to(main)
+cli_record.add_to(main)
+cli_watch.add_to(main)
 
 
 @main.command()
-@click.option("--memory", type=_SizeType(), default="1G", show_default=True, help="Guest RAM.")
+@click.option("--memory", type=SizeType(), default="1G", show_default=True, help="Guest RAM.")
 @click.option(
     "--working-set",
-    type=_SizeType(),
+    type=SizeType(),
     default="64M",
     show_default=True,
     help="How much of it the guest writes, over and over.",
@@ -129,18 +82,17 @@ class _SizeType(click.ParamType[int]):
     show_default=True,
     help="auto takes KVM where a guest really runs under it.",
 )
-@_limit_options
-@_json_option
+@limit_options
+@report_option
+@json_option
 def demo(
     memory: int,
     working_set: int,
     write_rate: int,
     qemu: str,
     accel: str,
-    downtime_limit: float,
-    max_rounds: int,
-    max_seconds: float,
-    on_limit: str,
+    limits: dict[str, Any],
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Start two QEMUs, let a guest write, and move it while it writes.
@@ -166,24 +118,19 @@ def demo(
             "guest": {"working_set": working_set, "pages_per_s": write_rate},
             "source": {"command": command},
             "destination": {"command": command},
-            "migration": {
-                "downtime_limit_ms": downtime_limit,
-                "max_rounds": max_rounds,
-                "max_seconds": max_seconds,
-                "on_limit": on_limit,
-                "verify": True,
-            },
+            "migration": {"verify": True, **limits},
         }
     )
-    _run_config(config, Path.cwd(), as_json)
+    _run_config(config, "demo", Path.cwd(), as_json, page)
 
 
 @main.command()
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--verify", is_flag=True, help="Compare all RAM, whatever the file says.")
-@_memory_only_option
-@_json_option
-def run(config: Path, verify: bool, memory_only: bool, as_json: bool) -> None:
+@memory_only_option
+@report_option
+@json_option
+def run(config: Path, verify: bool, memory_only: bool, page: Path | None, as_json: bool) -> None:
     """Migrate as a YAML file says: start its command lines, or attach to its sockets.
 
     configs/demo.yaml explains every key.
@@ -194,12 +141,12 @@ def run(config: Path, verify: bool, memory_only: bool, as_json: bool) -> None:
     try:
         wanted = load(config)
     except ConfigError as error:
-        _fail(error, as_json)
+        fail(error, as_json)
     said = {"verify": verify, "memory_only": memory_only}
     if overrides := {key: True for key, asked in said.items() if asked}:
         migration = wanted.migration.model_copy(update=overrides)
         wanted = wanted.model_copy(update={"migration": migration})
-    _run_config(wanted, config.resolve().parent, as_json)
+    _run_config(wanted, str(config), config.resolve().parent, as_json, page)
 
 
 @main.command()
@@ -212,18 +159,17 @@ def run(config: Path, verify: bool, memory_only: bool, as_json: bool) -> None:
     "-incoming defer.",
 )
 @click.option("--verify", is_flag=True, help="Compare all RAM before the destination runs.")
-@_memory_only_option
-@_limit_options
-@_json_option
+@memory_only_option
+@limit_options
+@report_option
+@json_option
 def migrate(
     source: str,
     destination: str,
     verify: bool,
     memory_only: bool,
-    downtime_limit: float,
-    max_rounds: int,
-    max_seconds: float,
-    on_limit: str,
+    limits: dict[str, Any],
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Move the VM of one running QEMU into another that waits, on this host.
@@ -231,18 +177,18 @@ def migrate(
     Both may have been started by anybody: their processes, RAM and files are found by the sockets.
     The source is left stopped (QEMU's state "postmigrate") for you to end.
     """
+    from migrator.config import MigrationConfig
     from migrator.display import Display
-    from migrator.orchestrator import Options
     from migrator.orchestrator import migrate as do_migrate
-    from migrator.policy import Limits
+    from migrator.runner import options_of
 
-    options = Options(
-        limits=Limits(downtime_limit, max_rounds, max_seconds, on_limit),  # type: ignore[arg-type]
-        verify=verify,
-        memory_only=memory_only,
-    )
+    chosen = MigrationConfig(verify=verify, memory_only=memory_only, **limits)
+    options = options_of(chosen, dirty_map=page is not None)
     with Display() as display:
-        _conclude(do_migrate(source, destination, options, watch=display.show), display, as_json)
+        conclude(
+            lambda watch: do_migrate(source, destination, options, watch=watch),
+            *(f"{source} → {destination}", display, as_json, page),
+        )
 
 
 @main.command()
@@ -250,7 +196,7 @@ def migrate(
 @click.option(
     "--pins", is_flag=True, help="Try what this kernel does with pinned pages instead; no QEMU."
 )
-@_json_option
+@json_option
 def doctor(qemu: str, pins: bool, as_json: bool) -> None:
     """Check whether this host is able to: each check passed, or with its mend.
 
@@ -282,74 +228,14 @@ def _pins(as_json: bool) -> NoReturn:
     sys.exit(1 if room.trouble(experiments) else 0)
 
 
-def _run_config(config: Config, here: Path, as_json: bool) -> None:
+def _run_config(config: Config, what: str, here: Path, as_json: bool, page: Path | None) -> None:
     from migrator.display import Display
     from migrator.runner import run as do_run
 
     with Display() as display:
-        work = do_run(config, here=here, say=display.say, watch=display.show)
-        _conclude(work, display, as_json)
-
-
-def _conclude(work: Coroutine[Any, Any, Report], display: Display, as_json: bool) -> None:
-    import asyncio
-
-    from migrator.display import summary
-    from migrator.errors import MigratorError
-
-    try:
-        report = asyncio.run(_interruptible(work))
-    except MigratorError as error:
-        display.__exit__()
-        _fail(error, as_json)
-    except asyncio.CancelledError:
-        display.__exit__()
-        click.echo("interrupted", err=True)
-        if as_json:
-            print(json.dumps({"status": "aborted", "reason": "interrupted"}))
-        sys.exit(1)
-    display.__exit__()
-    summary(report, display.console)
-    if as_json:
-        print(report.to_json(), flush=True)
-
-
-async def _interruptible(work: Coroutine[Any, Any, Report]) -> Report:
-    import asyncio
-
-    task = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        return await task
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _fail(error: Any, as_json: bool) -> NoReturn:
-    from rich.console import Console
-
-    from migrator.display import findings, summary
-    from migrator.errors import MigrationError, Refused, Undecided
-
-    console = Console(stderr=True, highlight=False)
-    said: dict[str, Any] = {"status": "failed", "reason": str(error)}
-    if isinstance(error, Refused):
-        findings(error.findings, console)
-        said["status"] = "aborted"
-        said["findings"] = [vars(finding) for finding in error.findings]
-    elif isinstance(error, MigrationError) and error.report is not None:
-        summary(error.report, console)
-        if isinstance(error, Undecided):
-            console.print("[bold red]look at both VMs[/]; this is known:")
-            for sentence in error.known:
-                console.print(f"  - {sentence}", markup=False)
-        said = json.loads(error.report.to_json())
-    else:
-        console.print("[bold red]error[/]: ", end="")
-        console.print(str(error), markup=False)
-    if as_json:
-        print(json.dumps(said), flush=True)
-    sys.exit(error.exit_code)
+        conclude(
+            lambda watch: do_run(
+                config, here=here, say=display.say, watch=watch, dirty_map=page is not None
+            ),
+            *(what, display, as_json, page),
+        )

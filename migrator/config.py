@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from migrator.errors import ConfigError
+from migrator.throttling import AUTO
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -37,7 +38,40 @@ def parse_size(text: object) -> int:
     return int(found[1]) << _UNITS[found[2].upper()]
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` → host, port; an IPv6 address in brackets; no host for every address.
+
+    :raise ValueError: it is something else
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"expected an IPv6 address in brackets, not {text!r}")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"expected HOST:PORT, not {text!r}")
+    return host, int(port)
+
+
+def parse_throttle(text: object) -> int:
+    """``auto``, ``off`` or ``90%`` → percent, 0 to 99.
+
+    YAML reads ``off`` as false.
+
+    :raise ValueError: it is something else
+    """
+    if text is False or text == "off":
+        return 0
+    if text == "auto":
+        return AUTO
+    found = re.fullmatch(r"(\d{1,2})\s*%?", str(text).strip())
+    if found is None or isinstance(text, bool):
+        raise ValueError("expected auto, off, or at most 99 %")
+    return int(found[1])
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Throttle = Annotated[int, BeforeValidator(parse_throttle)]
 Pattern = Annotated[str, Field(min_length=1)]
 
 
@@ -96,6 +130,39 @@ class VmConfig(_Strict):
         return self
 
 
+def _check_address(text: object) -> object:
+    if isinstance(text, str):
+        parse_address(text)
+    return text
+
+
+class LinkConfig(_Strict):
+    """Another host, on which ``migrator receive`` waits."""
+
+    to: Annotated[str, BeforeValidator(_check_address)]
+    tls: str | None = None
+    insecure: bool = False
+    peer: str | None = None
+    streams: int = Field(default=2, ge=1, le=32)
+    compress: str = "none"
+    bandwidth: Size | None = None
+    reconnect_s: float = Field(default=30.0, ge=0)
+    silence_s: float = Field(default=10.0, ge=0.1)
+
+    @field_validator("compress")
+    @classmethod
+    def _is_known(cls, text: str) -> str:
+        if not re.fullmatch(r"none|auto|zstd(:([1-9]|1[0-9]))?", text):
+            raise ValueError("expected none, auto, zstd or zstd:1 to zstd:19")
+        return text
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LinkConfig:
+        if (self.tls is None) != self.insecure:
+            raise ValueError("expected either tls, or insecure: true")
+        return self
+
+
 class GuestConfig(_Strict):
     """The built-in workload guest."""
 
@@ -112,6 +179,9 @@ class MigrationConfig(_Strict):
     on_limit: Literal["force", "abort"] = "abort"
     verify: bool = False
     memory_only: bool = False
+    tracker: Literal["auto", "uffd", "uffd-sync"] = "auto"
+    policy: Literal["send-all", "defer-hot", "skip-unchanged", "adaptive"] = "adaptive"
+    throttle: Throttle = 0
     settle_s: float = Field(default=0.5, ge=0)
 
 
@@ -122,8 +192,15 @@ class Config(_Strict):
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     guest: GuestConfig | None = None
     source: VmConfig
-    destination: VmConfig
+    destination: VmConfig | None = None
+    link: LinkConfig | None = None
     migration: MigrationConfig = MigrationConfig()
+
+    @model_validator(mode="after")
+    def _one_place_to_go(self) -> Config:
+        if (self.destination is None) == (self.link is None):
+            raise ValueError("expected either destination, on this host, or link, to another")
+        return self
 
 
 def load(path: Path) -> Config:

@@ -16,6 +16,7 @@ import termios
 
 from migrator.errors import VmError
 from migrator.qmp import Qmp
+from migrator.settle import within
 
 _FD_NAME = "qemu-migrator"
 _VM_EOF = 0x00  # QEMU: migration/savevm.h, QEMU_VM_EOF
@@ -82,7 +83,7 @@ class Incoming:
         :raise VmError: it did not end in time
         """
         try:
-            return await asyncio.wait_for(asyncio.shield(self._reading), timeout_s)
+            return await within(timeout_s, asyncio.shield(self._reading))
         except asyncio.TimeoutError as error:
             raise VmError("source", f"its device state did not end in {timeout_s:g} s") from error
 
@@ -128,9 +129,9 @@ class Outgoing:
         """
         loop = asyncio.get_running_loop()
         try:
-            await asyncio.wait_for(loop.sock_sendall(self._socket, head), timeout_s)
-            await asyncio.wait_for(self._drained(), timeout_s)
-            answer = await asyncio.wait_for(self._destination.migration(), timeout_s)
+            await within(timeout_s, loop.sock_sendall(self._socket, head))
+            await within(timeout_s, self._drained())
+            answer = await within(timeout_s, self._destination.migration())
         except asyncio.TimeoutError as error:
             raise VmError("destination", f"did not load in {timeout_s:g} s") from error
         except OSError as error:
@@ -155,7 +156,7 @@ class Outgoing:
         """
         sending = asyncio.get_running_loop().sock_sendall(self._socket, end)
         try:
-            await asyncio.wait_for(sending, timeout_s)
+            await within(timeout_s, sending)
         except asyncio.TimeoutError as error:
             raise VmError("destination", f"did not take the end in {timeout_s:g} s") from error
         self._socket.shutdown(socket.SHUT_WR)

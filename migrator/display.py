@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from migrator import facts
 from migrator.findings import Finding
 from migrator.phases import DOWNTIME
 from migrator.report import Progress, Report
@@ -20,7 +21,7 @@ _QUIET = {phase.value for phase in DOWNTIME}  # drawing takes milliseconds
 
 
 class Display:
-    """A line of progress on a terminal, a line a phase elsewhere."""
+    """A line of progress on a terminal, a line a phase elsewhere, and one a note."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -28,7 +29,7 @@ class Display:
             self.console.width = _WIDTH
         self._live: Live | None = None
         self._drawn_at = 0.0
-        self._phase = ""
+        self._phase = self._note = ""
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -54,29 +55,52 @@ class Display:
         if self._live is None:
             if entered:
                 self.say(f"phase {progress.phase}")
+            if progress.note != self._note and progress.note:
+                self.say(progress.note)
+            self._note = progress.note
             return
         now = time.monotonic()
         if not entered and now - self._drawn_at < _REFRESH_S:
             return
         self._drawn_at = now
-        self._live.update(_line(progress), refresh=True)
+        self._live.update(line(progress), refresh=True)
 
 
-def _line(p: Progress) -> Text:
-    rate = f"{p.bytes_per_s / (1 << 20):,.0f} MiB/s" if p.bytes_per_s else "–"
+def line(p: Progress) -> Text:
+    """One line of where a migration is."""
     share = f"{100 * p.sent_pages / p.dirty_pages:3.0f} %" if p.dirty_pages else ""
     return Text.assemble(
         (f"{p.phase:<14}", "bold"),
         f"round {p.round:<3} dirty {p.dirty_pages:>10,} pages  sent {p.sent_pages:>10,} {share}  ",
-        f"in all {p.total_sent_pages:>11,}  {rate}",
+        f"in all {p.total_sent_pages:>11,}  {rate(p)}",
+        f"  downtime {downtime(p)}" if p.expected_downtime_ms is not None else "",
+        f"  left {left(p)}" if p.left_s is not None else "",
+        (f"  {p.note}" if p.note else "", "yellow"),
     )
+
+
+def rate(p: Progress) -> str:
+    """How fast pages are copied."""
+    return f"{p.bytes_per_s / (1 << 20):,.0f} MiB/s" if p.bytes_per_s else "–"
+
+
+def downtime(p: Progress) -> str:
+    """The expected downtime."""
+    return f"{p.expected_downtime_ms:,.0f} ms" if p.expected_downtime_ms is not None else "–"
+
+
+def left(p: Progress) -> str:
+    """Until this round is sent."""
+    if p.left_s is None:
+        return "–"
+    return f"{p.left_s:.1f} s" if p.left_s < 100 else f"{p.left_s / 60:,.0f} min"
 
 
 def summary(report: Report, console: Console) -> None:
     """Print what a migration did."""
     if report.status == "completed":
         downtime = f"{report.downtime_ms:.1f} ms" if report.downtime_ms is not None else "none"
-        word = "rehearsed (the source runs on)" if report.memory_only else "completed"
+        word = facts.outcome(report)
         console.print(
             f"[bold green]{word}[/] in {report.total_ms:,.0f} ms, downtime [bold]{downtime}[/]"
         )
@@ -92,87 +116,30 @@ def summary(report: Report, console: Console) -> None:
 
 def _facts(report: Report) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("guest RAM", f"{report.guest_bytes / (1 << 20):,.0f} MiB")
-    table.add_row(
-        "sent", f"{report.pages_sent:,} pages, {report.bytes_sent / (1 << 20):,.1f} MiB copied"
-    )
-    table.add_row("while it stood still", f"{report.final_pages:,} pages")
-    only = _only_by(report)
-    if only.keys() - {"uffd", "holes"}:
-        seen = ", ".join(f"only by {name} {pages:,}" for name, pages in only.items())
-        several = sum(r.pages_by_several for r in report.rounds)
-        table.add_row("pages reported", f"{seen}, by several {several:,}")
-    if report.compared_pages:
-        table.add_row(
-            "compared, not sent",
-            f"{report.compared_pages:,} pages, of which {report.differing_pages:,} had changed",
-        )
-    if report.device_state_bytes:
-        ram = report.qemu_ram_transferred  # not known if the source ended at once
-        own = "?" if ram is None else f"{ram:,}"
-        table.add_row(
-            "device state",
-            f"{report.device_state_bytes:,} bytes (QEMU's own RAM in it: {own})",
-        )
-    if report.verified_pages is not None:
-        colour = "red" if report.mismatched_pages else "green"
-        table.add_row(
-            "verified",
-            f"{report.verified_pages:,} pages compared in {report.verify_ms or 0:.0f} ms, "
-            f"[{colour}]{report.mismatched_pages:,} differ[/]",
-        )
-    if report.guest is not None:
-        table.add_row(
-            "guest",
-            f"{report.guest['heartbeats_before']:,} heartbeats at the source, went on with "
-            f"{report.guest['heartbeats_after']:,} "
-            f"{'there' if report.memory_only else 'at the destination'}, none lost or repeated",
-        )
+    for fact in facts.facts(report):
+        style = "" if fact.good is None else "green" if fact.good else "red"
+        table.add_row(fact.name, Text(fact.text, style))
     return table
-
-
-def _only_by(report: Report) -> dict[str, int]:
-    """Pages that only one source reported, by name of the source, in all rounds."""
-    found: dict[str, int] = {}
-    for r in report.rounds:
-        for name, pages in r.only_by_source.items():
-            found[name] = found.get(name, 0) + pages
-    return found
 
 
 def _rounds(report: Report) -> Table:
-    sources = list(dict.fromkeys(s for r in report.rounds for s in r.dirty_pages_by_source))
     table = Table(title="rounds", title_justify="left", pad_edge=False)
-    for heading in ("", *sources, "to send", "zero", "MiB", "collect ms", "merge ms", "send ms"):
+    heads, rows = facts.rounds(report)
+    for heading in heads:
         table.add_column(heading, justify="right")
-    for r in _abridged(report.rounds):
-        if r is None:
-            table.add_row("…")
-            continue
-        table.add_row(
-            str(r.number),
-            *(f"{r.dirty_pages_by_source.get(s, 0):,}" for s in sources),
-            f"{r.dirty_pages:,}",
-            f"{r.zero_pages:,}",
-            f"{r.sent_bytes / (1 << 20):,.1f}",
-            f"{r.collect_ms:.1f}",
-            f"{r.merge_ms:.1f}",
-            f"{r.send_ms:.1f}",
-        )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _abridged(rounds: Sequence) -> list:  # type: ignore[type-arg]
-    return list(rounds) if len(rounds) <= 12 else [*rounds[:5], None, *rounds[-6:]]
-
-
 def _downtime(report: Report) -> Table:
-    table = Table(title="downtime", title_justify="left", show_header=False, pad_edge=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    for name in report.downtime_phases:
-        table.add_row(name, f"{report.phases[name]:.1f} ms")
-    table.add_row("together", f"[bold]{report.downtime_ms:.1f} ms[/]")
+    table = Table(title="downtime", title_justify="left", pad_edge=False)
+    table.add_column("", justify="left")
+    for heading in ("was", "was expected to be"):
+        table.add_column(heading, justify="right")
+    for name, was, expected in facts.downtime(report):
+        style = "bold" if name == "together" else ""
+        table.add_row(name, Text(facts.ms(was), style), facts.ms(expected))
     return table
 
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +22,8 @@ from migrator.qmp import Qmp
 from migrator.settle import in_thread
 from migrator.vm import RunDirectory, Vm
 from tracker import probe
-from tracker.errors import InjectionError, RamError, TrackerError
+from tracker.answering import check_answering
+from tracker.errors import InjectionError, NotTracking, RamError, TrackerError
 from tracker.inject import acquire_userfaultfd
 from tracker.ram import find_block
 from tracker.refusal import proc_status
@@ -64,6 +65,8 @@ COMMANDS = (
 _CAP_SYS_PTRACE = 1 << 19
 _GIB = 1 << 30
 _PATIENCE_S = 1.0
+_FEATURES = "userfaultfd's features"
+_ANSWERED = "answered faults"
 _T = TypeVar("_T")
 
 _NEWER_QEMU = "use a QEMU that has them, and name it with --qemu"
@@ -103,6 +106,8 @@ async def examine(
         checks += await _patiently("accelerator", accelerator_checks(qemu), say)
     checks += await _patiently("tracing", in_thread(tracing_checks), say)
     checks += await _patiently("tracking", in_thread(tracking_checks), say)
+    checks += await _patiently("answered faults", in_thread(answering_checks), say)
+    checks = soften(checks)
     checks += await _patiently("tracking of huge pages", in_thread(huge_page_checks), say)
     checks += [permission_check(), shared_memory_check(), memlock_check(), device_check()]
     return checks
@@ -283,7 +288,7 @@ def _features(subject: Subject) -> Check:
 
 def features_check(there: int) -> Check:
     """Whether everything needed is among the features that UFFDIO_API reports."""
-    name = "userfaultfd's features"
+    name = _FEATURES
     missing = [feature for feature, bit in FEATURES.items() if not there & bit]
     if missing:
         return Check(name, "failed", f"it lacks {', '.join(missing)}", _NEWER_KERNEL)
@@ -293,6 +298,28 @@ def features_check(there: int) -> Check:
 def tracking_checks() -> list[Check]:
     """Every probe of :mod:`tracker.probe` on shared memory."""
     return outcome_checks("tracking", _NEWER_KERNEL, probe.try_everything())
+
+
+def answering_checks() -> list[Check]:
+    """Whether write faults can be answered, which is the way where nothing better works."""
+    try:
+        check_answering()
+    except NotTracking as error:
+        mend = "needed only where asynchronous write-protection does not work"
+        return [Check(_ANSWERED, "warning", error.reason, mend)]
+    return [Check(_ANSWERED, "passed", "every write was reported")]
+
+
+def soften(checks: Sequence[Check]) -> list[Check]:
+    """Where faults can be answered, a kernel whose better way fails is able all the same."""
+    if not any(c.check == _ANSWERED and c.result == "passed" for c in checks):
+        return list(checks)
+    return [
+        replace(c, result="warning", mend=f"nothing: write faults are answered; or {c.mend}")
+        if c.result == "failed" and c.check.startswith(("tracking: ", _FEATURES))
+        else c
+        for c in checks
+    ]
 
 
 def huge_page_checks() -> list[Check]:

@@ -2,10 +2,17 @@
 
     MigratorError
     ├── ConfigError         what was asked for makes no sense              exit code 2
+    ├── TraceError          a recording is none, or cannot be kept         exit code 2
     ├── AccelUnavailable    guests do not run under it here                exit code 2
+    ├── ControlError        a running migration cannot be asked            exit code 1
     ├── VmError             a QEMU that we started, or its QMP, failed     exit code 1
     │   ├── QmpUnreachable  nobody answers at that socket
-    │   └── CommandFailed   QEMU refused a command
+    │   ├── CommandFailed   QEMU refused a command
+    │   └── Unconfirmed     it may run by now, or not
+    ├── LinkError           the other host, or the way to it, failed       exit code 1
+    │   ├── LinkLost        the connection broke, or nothing comes
+    │   ├── WireError       what came makes no sense
+    │   └── PeerRefused     the host there is not the one that is wanted
     ├── Refused             preflight found a reason not to begin          exit code 3
     └── MigrationError      it began, and did not end well
         ├── Aborted         given up on purpose; the source runs           exit code 1
@@ -19,6 +26,7 @@ migration as they are; they become the cause of a :class:`Failed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +60,20 @@ class ConfigError(MigratorError):
         self.expected = expected
 
 
+class TraceError(MigratorError):
+    """A recording cannot be read, or not be written.
+
+    :ivar path: its file
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
 class AccelUnavailable(MigratorError):
     """The accelerator that was asked for does not run guests here.
 
@@ -64,6 +86,18 @@ class AccelUnavailable(MigratorError):
     def __init__(self, accel: str, reason: str) -> None:
         super().__init__(f"accelerator {accel}: {reason}; use tcg, or auto to have it chosen")
         self.accel = accel
+        self.reason = reason
+
+
+class ControlError(MigratorError):
+    """A control socket cannot be made, or nobody answers there.
+
+    :ivar path: the socket, or its directory
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
         self.reason = reason
 
 
@@ -94,6 +128,49 @@ class CommandFailed(VmError):
         super().__init__(vm, f"QEMU refused {command}: {description}")
         self.command = command
         self.description = description
+
+
+class Unconfirmed(VmError):
+    """A destination that was told to go did not confirm: it may run by now, or not.
+
+    :ivar known: what is known, a sentence an item
+    """
+
+    def __init__(self, vm: str, known: Sequence[str]) -> None:
+        super().__init__(vm, "did not confirm")
+        self.known = tuple(known)
+
+
+class LinkError(MigratorError):
+    """The other host said no, or cannot be reached.
+
+    :ivar peer: which one
+    """
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
+
+
+class LinkLost(LinkError):
+    """A connection to the other host broke, or nothing comes from it any more."""
+
+
+class WireError(LinkError):
+    """The other host sent what makes no sense; the connection is given up."""
+
+
+class PeerRefused(LinkError):
+    """The host at the other end of a connection is not the one that is wanted there.
+
+    :ivar peer: the names in its certificate, and the fingerprint of that
+    :ivar wanted: a name, an address or a fingerprint
+    """
+
+    def __init__(self, peer: str, wanted: str) -> None:
+        super().__init__(peer, f"expected {wanted} at the other end")
+        self.wanted = wanted
 
 
 class Refused(MigratorError):

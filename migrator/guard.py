@@ -43,12 +43,15 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @dataclass(frozen=True)
 class Wards:
-    """The two VMs a guard looks after."""
+    """The two VMs a guard looks after.
+
+    :ivar source: the source's QMP socket
+    :ivar destination: ``qmp`` and ``pid`` of a destination on this host; of one on another host,
+        what :func:`migrator.remote.outcome` needs
+    """
 
     source: str
-    source_pid: int
-    destination: str
-    destination_pid: int
+    destination: dict[str, Any]
     before: Before
 
 
@@ -109,10 +112,10 @@ def main() -> int:
         return 0
     told: dict[str, Any] = json.loads(first)
     wards = Wards(**{**told, "before": Before(**told["before"])})
-    try:
-        destination_pidfd = os.pidfd_open(wards.destination_pid)
-    except ProcessLookupError:
-        destination_pidfd = -1
+    destination_pidfd = -1
+    with contextlib.suppress(ProcessLookupError):
+        if "pid" in wards.destination:
+            destination_pidfd = os.pidfd_open(wards.destination["pid"])
     step = ""
     for line in sys.stdin:
         step, *how = line.split()
@@ -131,8 +134,15 @@ def main() -> int:
 
 
 async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
-    if step == "committed" and await _destination_runs(wards, destination_pidfd):
-        return "the destination runs"
+    if step == "committed":
+        if "qmp" in wards.destination:
+            runs = await _destination_runs(wards, destination_pidfd)
+        else:
+            from migrator.remote import outcome
+
+            runs = await outcome(wards.destination, patience_s=_PATIENCE_S)
+        if runs:
+            return "the destination runs"
     source = await Qmp.connect("source", wards.source, timeout_s=_PATIENCE_S)
     try:
         state = await bring_back(source, wards.before)
@@ -152,7 +162,7 @@ async def _destination_runs(wards: Wards, destination_pidfd: int) -> bool:
         if destination_pidfd < 0 or not is_alive(destination_pidfd):
             return False
         try:
-            destination = await Qmp.connect("destination", wards.destination, timeout_s=1.0)
+            destination = await Qmp.connect("destination", wards.destination["qmp"], timeout_s=1.0)
         except MigratorError as error:
             problem = error
             await asyncio.sleep(0.05)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
+from migrator.account import Account
+from migrator.decisions import policy_of
+from migrator.destination import Destination, LocalDestination
+from migrator.downtime import Fixed
 from migrator.errors import (
     Aborted,
     ConfigError,
@@ -19,27 +23,26 @@ from migrator.errors import (
     VmError,
 )
 from migrator.guard import Guard, Wards
-from migrator.phases import DOWNTIME, Phase, Phases
-from migrator.policy import Limits, Observation, SendAll, Verdict
+from migrator.phases import Phase
+from migrator.policy import Limits, PolicyName
 from migrator.preflight import preflight
 from migrator.qmp import Qmp
 from migrator.rehearsal import Rehearsal
-from migrator.report import Progress, Report, Round
+from migrator.remote import RemoteDestination
+from migrator.report import Progress, Report
 from migrator.rollback import Before, bring_back, remember
+from migrator.rounds import Rounds
 from migrator.settle import in_thread, settle
+from migrator.slowing import Slowing
 from migrator.sources import Sources
+from migrator.strategies import cpu_source
 from migrator.switchover import HandedOver, Switchover, stop_guest
-from migrator.transport import Transport
-from migrator.transport.local import LocalCopy
-from tracker.bitmap import DirtyBitmap
+from migrator.throttling import Throttling
+from migrator.transport.session import Link
 from tracker.errors import TrackerError
-from tracker.kernels import warm_up
+from tracker.warm import warm_up
 
 _log = logging.getLogger(__name__)
-_SHOW_S = 0.1
-_UNMEASURED_BYTES_PER_S = 500e6  # nothing but zeros was sent so far
-_COMPARED_BYTES_PER_S = 2e9  # nothing is compared before the guest stands
-_TELLING_BYTES = 1 << 20  # a smaller sending says nothing about the rate
 
 
 @dataclass(frozen=True)
@@ -47,57 +50,83 @@ class Options:
     """What a caller may choose.
 
     :ivar limits: when to switch over, when to give up
+    :ivar policy: what is sent, and when it is time: see :func:`migrator.decisions.policy_of`
+    :ivar fixed: what a switchover is taken to cost without pages
     :ivar verify: compare all of RAM before the destination runs; a difference is a failure
+    :ivar tracker: source of CPU writes: ``uffd``, ``uffd-sync``, or ``auto``
+    :ivar throttle_percent: of their time, how much writers may be made to wait where the migration
+        would not converge otherwise: 1 to 99; with 0 they never are
     :ivar memory_only: rehearse: do everything but the hand-over, verify, and let the source go on
+    :ivar dirty_map: have in the report where memory was dirty
     """
 
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
     memory_only: bool = False
+    tracker: str = "auto"
+    policy: PolicyName = "adaptive"
+    fixed: Fixed = field(default_factory=Fixed)
+    throttle_percent: int = 0
+    dirty_map: bool = False
 
 
 async def migrate(
     source: str,
-    destination: str,
+    destination: str | Link,
     options: Options | None = None,
     *,
     watch: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
-    """Move a running VM from one QEMU to another on this host.
+    """Move a running VM from one QEMU to another, on this host or on another one.
 
     :param source: QMP socket of the QEMU that runs it
     :param destination: QMP socket of a QEMU started with the same command line, RAM files of its
-        own, and ``-incoming defer``
+        own, and ``-incoming defer``; or where such a one is received (``migrator receive``)
     :param watch: called in the event loop whenever something changed
     :return: the report of a migration that completed: the destination runs, the source never will;
         of a rehearsal: the source runs on
     :raise Refused: preflight found reasons not to begin
     :raise VmError: a QEMU does not answer
+    :raise LinkError: the other host does not answer, or is not the one that was expected
     :raise Aborted: given up; the source runs. The report is in the error, as in the next two
     :raise Failed: something broke; the source runs
     :raise Undecided: which side may run is not known
     """
-    if os.path.realpath(source) == os.path.realpath(destination):
+    if isinstance(destination, str) and os.path.realpath(source) == os.path.realpath(destination):
         raise ConfigError("expected two sockets: source and destination are the same")
     watch(Progress("compile", 0, 0, 0, 0, 0.0))  # seconds, but only the first time
     await in_thread(warm_up)
-    async with (
-        _connected("source", source) as source_qmp,
-        _connected("destination", destination) as destination_qmp,
-    ):
-        return await Migration(source_qmp, destination_qmp, options or Options(), watch).run()
+    async with _connected("source", source) as source_qmp, _reached(destination) as there:
+        return await Migration(source_qmp, there, options or Options(), watch).run()
 
 
-class _connected:
-    def __init__(self, name: str, path: str) -> None:
-        self._name, self._path = name, path
+@contextlib.asynccontextmanager
+async def _connected(name: str, path: str) -> AsyncIterator[Qmp]:
+    qmp = await Qmp.connect(name, path)
+    try:
+        yield qmp
+    finally:
+        await settle(qmp.close(), too_late=True)
 
-    async def __aenter__(self) -> Qmp:
-        self._qmp = await Qmp.connect(self._name, self._path)
-        return self._qmp
 
-    async def __aexit__(self, *_: object) -> None:
-        await settle(self._qmp.close(), too_late=True)
+@contextlib.asynccontextmanager
+async def _reached(destination: str | Link) -> AsyncIterator[Destination]:
+    if isinstance(destination, Link):
+        remote = await RemoteDestination.connect(destination)
+        try:
+            yield remote
+        finally:
+            await settle(remote.close(), too_late=True)
+        return
+    async with _connected("destination", destination) as qmp:
+        try:
+            local = LocalDestination(qmp)
+        except OSError as error:
+            raise VmError("destination", f"process {qmp.pid}: {error.strerror}") from error
+        try:
+            yield local
+        finally:
+            await settle(local.close(), too_late=True)
 
 
 class Migration:
@@ -106,21 +135,15 @@ class Migration:
     def __init__(
         self,
         source: Qmp,
-        destination: Qmp,
+        destination: Destination,
         options: Options,
         watch: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._source = source
         self._destination = destination
         self._options = options
-        self._watch = watch
-        self._policy = SendAll(options.limits)
-        self._phases = Phases(lambda _: self._show())
-        self._report = Report()
-        self._round = Round(0, {}, {}, 0)
-        self._bytes_per_s = 0.0
-        self._owed: dict[str, DirtyBitmap] = {}
-        self._sending = False
+        self._account = Account(watch)
+        self._phases, self._report = self._account.phases, self._account.report
         self._draining = False
 
     # -- the order ------------------------------------------------------------------------------
@@ -129,29 +152,33 @@ class Migration:
         """Migrate; see :func:`migrate` for what is raised."""
         try:
             plan = await preflight(
-                self._source, self._destination, memory_only=self._options.memory_only
+                self._source,
+                self._destination,
+                memory_only=self._options.memory_only,
+                tracker=self._options.tracker,
+                throttles=self._options.throttle_percent > 0,
             )
             before = await remember(self._source, plan.was_running)
-            destination_pidfd = os.pidfd_open(self._destination.pid)
         except (TrackerError, OSError) as error:
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
         self._report.memory_only = self._options.memory_only
+        self._report.policy = self._options.policy
+        self._report.downtime_limit_ms = self._options.limits.downtime_ms
         self._report.stopped_by = (
             "stop" if plan.stop_first or self._options.memory_only else "migrate"
         )
         self._plan = plan
-        self._sources = Sources(self._source, plan)
-        self._transport: Transport = LocalCopy(
-            self._source.pid, plan.source, self._destination.pid, plan.destination
-        )
-        wards = Wards(
-            os.path.abspath(self._source.path),
-            self._source.pid,
-            os.path.abspath(self._destination.path),
-            self._destination.pid,
-            before,
-        )
+        tracking = plan.tracking
+        cpu = cpu_source(tracking.tracker, self._source.pid, tracking.blocks)
+        self._sources = Sources(self._source, tracking, cpu)
+        self._transport = self._destination.transport(self._source.pid, plan)
+        self._account.of(plan.source, dirty_map=self._options.dirty_map)
+        policy = policy_of(self._options.policy, self._options.limits, self._options.fixed)
+        throttling = Throttling(self._options.throttle_percent)
+        slowing = Slowing(throttling, self._sources, self._account)
+        self._rounds = Rounds(plan, policy, slowing, self._sources, self._transport, self._account)
+        wards = Wards(os.path.abspath(self._source.path), self._destination.ward(), before)
         self._guard = guard = await in_thread(Guard, wards)
         switchover: Switchover | Rehearsal
         if self._options.memory_only:
@@ -160,18 +187,19 @@ class Migration:
                 plan,
                 self._phases,
                 guard,
-                collect_and_send=self._collect_and_send,
+                ease=slowing.ease,
+                collect_and_send=self._rounds.last,
                 verify=self._verify,
             )
         else:
             switchover = Switchover(
                 self._source,
                 self._destination,
-                destination_pidfd,
                 plan,
                 self._phases,
                 guard,
-                collect_and_send=self._collect_and_send,
+                ease=slowing.ease,
+                collect_and_send=self._rounds.last,
                 devices_stand=self._sources.stop_devices,
                 verify=self._verify,
             )
@@ -179,21 +207,21 @@ class Migration:
         try:
             handed_over = await self._until_it_runs_there(switchover, before)
             decided = True
-            await settle(self._let_go(switchover), too_late=True)
+            ended = "it was a rehearsal" if self._options.memory_only else ""
+            await settle(self._let_go(switchover, ended), too_late=True)
         except MigrationError as error:
             decided = True
-            self._finish_report(error.status, error.reason)
+            self._account.finish(error.status, error.reason)
             if isinstance(error, Undecided):
                 self._report.known = list(error.known)
             error.report = self._report
             raise
         finally:
-            os.close(destination_pidfd)
             end = guard.dismiss if decided else guard.leave_it_to_you
             await settle(asyncio.to_thread(end), too_late=True)
         self._report.downtime_ms = handed_over.downtime_ms
         self._report.device_state_bytes = handed_over.device_state_bytes
-        self._finish_report("completed", "")
+        self._account.finish("completed", "")
         return self._report
 
     async def _until_it_runs_there(
@@ -202,8 +230,10 @@ class Migration:
         try:
             await self._attach()
             await self._drain()
-            await self._copy_everything()
-            await self._rounds_until_converged()
+            self._phases.enter(Phase.COPY)
+            await self._rounds.copy_everything()
+            self._phases.enter(Phase.ROUNDS)
+            await self._rounds.until_converged()
             return await _not_cancelled_once_committed(switchover)
         except BaseException as error:
             await settle(self._roll_back(switchover, before, error))
@@ -234,116 +264,6 @@ class Migration:
         if await stop_guest(self._source):
             await self._source.execute("cont")
 
-    async def _copy_everything(self) -> None:
-        self._phases.enter(Phase.COPY)
-        everything = {b.name: DirtyBitmap.full(b.npages) for b in self._plan.source}
-        pages = _count(everything)
-        self._round = Round(0, {"all": pages}, {}, pages)
-        await self._send(everything)
-
-    async def _rounds_until_converged(self) -> None:
-        self._phases.enter(Phase.ROUNDS)
-        while True:
-            dirty = await self._collect()
-            decision = self._policy.decide(
-                Observation(
-                    round=self._round.number,
-                    elapsed_s=self._phases.elapsed_s,
-                    dirty_bytes=self._bytes_of(dirty),
-                    bytes_per_s=self._bytes_per_s or _UNMEASURED_BYTES_PER_S,
-                    compare_bytes=self._bytes_of(self._sources.suspect_data()),
-                    compare_bytes_per_s=_COMPARED_BYTES_PER_S,
-                )
-            )
-            _log.info("round %d: %s", self._round.number, decision.reason)
-            self._round.decision = decision.reason
-            self._round.expected_downtime_ms = decision.expected_downtime_ms
-            if decision.verdict is Verdict.ABORT:
-                raise Aborted(self._phases.current.value, decision.reason)
-            await self._send(dirty)
-            if decision.verdict is Verdict.SWITCH_OVER and not self._owed:
-                return
-
-    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> int:
-        """A round while the source stands still.
-
-        :return: how many pages were sent
-        """
-        if self._phases.current is not collecting:
-            self._phases.enter(collecting)
-        dirty = await self._collect()
-        await self._add_suspects_that_changed(dirty)
-        if self._phases.current is not sending:
-            self._phases.enter(sending)
-        await self._send(dirty)
-        self._report.final_pages += self._round.sent_pages
-        if self._owed:
-            raise Failed(self._phases.current.value, "the last pages could not be delivered")
-        return self._round.sent_pages
-
-    async def _add_suspects_that_changed(self, dirty: dict[str, DirtyBitmap]) -> None:
-        """Compare what may have been written without anybody's being told; it will be sent."""
-        suspects = self._sources.take_suspects(dirty)
-        if not any(pages.any() for pages in suspects.values()):
-            return
-        if self._phases.current is Phase.FINAL_COLLECT:
-            self._phases.enter(Phase.COMPARE)
-        started = time.monotonic()
-        changed = await self._transport.changed(suspects, self._sources.data)
-        for name, pages in changed.items():
-            dirty[name] |= pages
-        self._round.compared_pages = _count(suspects)
-        self._round.differing_pages = _count(changed)
-        self._round.dirty_pages = _count(dirty)
-        self._round.compare_ms = (time.monotonic() - started) * 1000
-
-    # -- one round ------------------------------------------------------------------------------
-
-    async def _collect(self) -> dict[str, DirtyBitmap]:
-        """What has to be sent now: the union of all sources, and what is still owed."""
-        found = await self._sources.collect(backends_too=self._phases.current is Phase.ROUNDS)
-        merged = found.merged
-        dirty = merged.bitmaps
-        for name, owed in self._owed.items():
-            dirty[name] |= owed
-        self._owed = {}
-        self._round = Round(
-            number=self._round.number + 1,
-            dirty_pages_by_source=dict(merged.pages_by_source),
-            only_by_source=dict(merged.only_by_source),
-            pages_by_several=merged.pages_by_several,
-            dirty_pages=_count(dirty),
-            collect_ms=found.collect_ms,
-            merge_ms=found.merge_ms,
-        )
-        self._show()
-        return dirty
-
-    def _bytes_of(self, pages: Mapping[str, DirtyBitmap]) -> int:
-        return sum(pages[b.name].count() * b.page_size for b in self._plan.source)
-
-    async def _send(self, dirty: Mapping[str, DirtyBitmap]) -> None:
-        started = time.monotonic()
-        self._sending = True
-        ticker = asyncio.create_task(self._show_now_and_then())
-        try:
-            sent = await self._transport.send(dirty, self._sources.data)
-        finally:
-            ticker.cancel()
-            self._sending = False
-        spent_s = time.monotonic() - started
-        self._owed = dict(sent.undelivered)
-        self._round.sent_pages = sent.pages
-        self._round.zero_pages = sent.zero_pages
-        self._round.sent_bytes = sent.bytes
-        self._round.send_ms = spent_s * 1000
-        if sent.bytes >= _TELLING_BYTES or (sent.bytes and not self._bytes_per_s):
-            self._bytes_per_s = sent.bytes / spent_s
-        self._report.add(self._round)
-        self._show()
-        if sent.error is not None:
-            raise Failed(self._phases.current.value, str(sent.error)) from sent.error
-
     async def _verify(self) -> None:
         if not (self._options.verify or self._options.memory_only):
             return
@@ -366,12 +286,13 @@ class Migration:
 
     # -- the ends -------------------------------------------------------------------------------
 
-    async def _let_go(self, switchover: Switchover | Rehearsal) -> None:
+    async def _let_go(self, switchover: Switchover | Rehearsal, reason: str = "") -> None:
         """Close the streams, unprotect the source, unmap both sides."""
         await switchover.close()
         if self._phases.current is Phase.FINISH and not self._options.memory_only:
             self._report.qemu_ram_transferred = await self._ram_that_qemu_sent()
         await self._sources.stop()
+        await self._destination.close(reason)
         await self._transport.close()
 
     async def _roll_back(
@@ -384,7 +305,7 @@ class Migration:
             known = ["the destination has all of the device state, and may run", repr(cause)]
             cause = Undecided(phase, "it broke off after the point of no return", known)
         if isinstance(cause, Undecided):
-            await self._let_go(switchover)
+            await self._let_go(switchover, str(cause))
             raise cause
         if switchover.was_running is not None:
             before = replace(before, was_running=switchover.was_running)
@@ -397,7 +318,7 @@ class Migration:
             known = [f"it was given up because {cause}", str(error), "the destination was not run"]
             raise Undecided(phase, "the source could not be brought back", known) from cause
         finally:
-            await self._let_go(switchover)
+            await self._let_go(switchover, str(cause) or "interrupted")
         if isinstance(cause, MigrationError):
             raise cause
         if isinstance(cause, asyncio.CancelledError):
@@ -405,46 +326,6 @@ class Migration:
         if isinstance(cause, (MigratorError, TrackerError, OSError, ValueError)):
             raise Failed(phase, str(cause)) from cause
         raise cause
-
-    def _finish_report(self, status: str, reason: str) -> None:
-        self._phases.end()
-        report = self._report
-        report.status = status  # type: ignore[assignment]
-        report.reason = reason
-        report.phases = self._phases.milliseconds()
-        report.total_ms = self._phases.total_ms
-        report.downtime_phases = [p.value for p in DOWNTIME if p.value in report.phases]
-        if report.verified_pages is not None:
-            report.verify_ms = report.phases.get(Phase.VERIFY.value)
-        if report.downtime_ms is not None:
-            report.downtime_ms -= report.verify_ms or 0.0
-        self._show()
-
-    async def _show_now_and_then(self) -> None:
-        while True:
-            await asyncio.sleep(_SHOW_S)
-            self._show()
-
-    def _show(self) -> None:
-        try:
-            self._watch(self._progress())
-        except Exception:  # noqa: BLE001 (theirs, whatever it is)
-            _log.exception("whoever watches the migration failed; it goes on unwatched")
-            self._watch = lambda _: None
-
-    def _progress(self) -> Progress:
-        return Progress(
-            phase=self._phases.current.value,
-            round=self._round.number,
-            dirty_pages=self._round.dirty_pages,
-            sent_pages=(self._transport.sent_pages if self._sending else self._round.sent_pages),
-            total_sent_pages=self._report.pages_sent,
-            bytes_per_s=self._bytes_per_s,
-        )
-
-
-def _count(bitmaps: Mapping[str, DirtyBitmap]) -> int:
-    return sum(bitmap.count() for bitmap in bitmaps.values())
 
 
 async def _not_cancelled_once_committed(switchover: Switchover | Rehearsal) -> HandedOver:

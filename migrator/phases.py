@@ -53,12 +53,18 @@ class Phases:
 
     :ivar current: the present phase
     :param watch: called with each phase that is entered
+    :param clock: seconds of a clock that never goes back
     """
 
-    def __init__(self, watch: Callable[[Phase], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        watch: Callable[[Phase], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.current = Phase.PREFLIGHT
         self._watch = watch
-        self._since = self._started = time.monotonic()
+        self._clock = clock
+        self._since = self._started = clock()
         self._spent: dict[Phase, float] = {}
 
     def enter(self, phase: Phase, *, at: float | None = None) -> None:
@@ -71,13 +77,13 @@ class Phases:
             raise IllegalMove(f"{self.current.value} → {phase.value}")
         if phase is Phase.ROLLBACK and self.current is Phase.FINISH:
             raise IllegalMove("the destination runs: nothing to roll back to")
-        self._leave(time.monotonic() if at is None else at)
+        self._leave(self._clock() if at is None else at)
         self.current = phase
         self._watch(phase)
 
     def end(self) -> None:
         """Stop the clock of the last phase."""
-        self._leave(time.monotonic())
+        self._leave(self._clock())
 
     def _leave(self, at: float) -> None:
         at = max(at, self._since)
@@ -87,7 +93,7 @@ class Phases:
     @property
     def elapsed_s(self) -> float:
         """Seconds since the migration began."""
-        return time.monotonic() - self._started
+        return self._clock() - self._started
 
     @property
     def total_ms(self) -> float:

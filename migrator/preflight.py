@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from migrator.errors import Refused, VmError
+from migrator.errors import Refused
 from migrator.findings import (
     Finding,
     backend_findings,
-    device_findings,
-    disk_findings,
     geometry_findings,
     layout_findings,
-    network_findings,
     other_ram_bytes,
     reads_past_page_cache,
     takes_dirty_bits,
@@ -23,19 +20,28 @@ from migrator.findings import (
 )
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.settle import in_thread
+from migrator.side import (
+    Room,
+    block_nodes,
+    blocks_of,
+    guest_findings,
+    machine_of,
+    mapper_findings,
+    process_findings,
+)
+from migrator.sources import Tracking
+from tracker.answering import check_answering
 from tracker.dma import dma_sources
 from tracker.errors import NotTracking, TrackerError
 from tracker.probe import check_tracking
-from tracker.ram import (
-    GuestRange,
-    RamBlock,
-    find_block,
-    open_file,
-    other_mappers,
-    parse_flat_view,
-)
+from tracker.ram import GuestRange, RamBlock, open_file, parse_flat_view
 from tracker.source import DirtySource
+from tracker.uffd import UffdAsync
+from tracker.uffdsync import UffdSync
 from tracker.vfio import VfioType1
+
+if TYPE_CHECKING:
+    from migrator.destination import Destination
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Plan:
     :ivar stop_first: whether the guest has to be stopped, and the devices' dirty bits read, before
         QEMU's own migration is started
     :ivar unstoppable_devices: whether a device may go on writing while the guest stands
+    :ivar tracker: which source of CPU writes is used: its name
     """
 
     source: tuple[RamBlock, ...]
@@ -64,60 +71,69 @@ class Plan:
     direct_io: bool = False
     stop_first: bool = False
     unstoppable_devices: bool = False
+    tracker: str = "uffd"
 
     @property
     def guest_bytes(self) -> int:
         """Size of the guest's RAM."""
         return sum(block.size for block in self.source)
 
+    @property
+    def tracking(self) -> Tracking:
+        """What is tracked of the source."""
+        return Tracking(self.source, self.backends, self.guest_ranges, self.tracker, self.direct_io)
 
-async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False) -> Plan:
+
+async def preflight(
+    source: Qmp,
+    destination: Destination,
+    *,
+    memory_only: bool = False,
+    tracker: str = "auto",
+    throttles: bool = False,
+) -> Plan:
     """Look at both sides.
 
+    :param tracker: name of the source of CPU writes; ``auto`` takes the best that works
+    :param throttles: whether writers may be slowed
     :param memory_only: only RAM is to be moved: what QEMU cannot migrate is no reason not to
     :raise Refused: with everything that was found, not only the first
     :raise VmError: a QEMU does not answer
     """
-    findings: list[Finding] = []
-    if source.pid == destination.pid:
+    side = await destination.look()
+    if side.pid == source.pid:
         raise Refused(
             [Finding("two VMs", "source and destination are the same QEMU", "give two sockets")]
         )
-    for vm in (source, destination):
-        findings += _process_findings(vm)
-    findings += await _kernel_findings()
+    findings = process_findings(source)
+    tracker, unable = await in_thread(choose_tracker, tracker)
+    findings += unable
+    if throttles and tracker == UffdAsync.name:  # the other one answers anyway
+        findings += await in_thread(_throttle_findings)
     if findings:
-        raise Refused(findings)
+        raise Refused([*findings, *side.findings])
 
     state = await source.run_state()
     blockers = await _blocker_findings(source)
     findings += await _source_state_findings(source, state)
-    findings += await _destination_state_findings(destination)
-    for vm in (source, destination):
-        findings += device_findings(vm.name, await vm.human("info qtree"))
-        findings += network_findings(vm.name, await vm.human("info network"))
-        findings += disk_findings(vm.name, await _block_nodes(vm))
+    findings += await guest_findings(source)
+    findings += side.findings
     if not memory_only:
         findings += blockers
-        findings += await _machine_findings(source, destination)
-
+        findings += _machine_findings(await machine_of(source), side.machine or {})
     backends = await source.memory_backends()
     findings += backend_findings(source.name, backends)
-    findings += backend_findings(destination.name, await destination.memory_backends())
     if findings:
         raise Refused(findings)
 
-    source_blocks, destination_blocks = await _blocks(source), await _blocks(destination)
-    findings += geometry_findings(source_blocks, destination_blocks)
+    source_blocks = await blocks_of(source)
+    findings += geometry_findings(source_blocks, side.blocks)
     if findings:
         raise Refused(findings)
-    by_name = {block.name: block for block in destination_blocks}
-    destination_blocks = tuple(by_name[block.name] for block in source_blocks)
+    by_name = {block.name: block for block in side.blocks}
     guest_ranges = parse_flat_view(await source.human("info mtree -f"))
     if not memory_only:
-        findings += layout_findings(
-            by_name, guest_ranges, parse_flat_view(await destination.human("info mtree -f"))
-        )
+        findings += layout_findings(by_name, guest_ranges, side.guest_ranges)
     readers, unread = await in_thread(_dma_readers, source, source_blocks, guest_ranges)
     qtree = await source.human("info qtree")
     has_vfio = vfio_devices(qtree) > 0
@@ -125,9 +141,9 @@ async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False)
         # QEMU says so, and nothing of it was found in the process: that is not "no writes"
         unread = [_unread("none of its VFIO devices was found among its descriptors")]
     findings += unread
-    findings += _mapper_findings(source, source_blocks)
-    findings += _mapper_findings(destination, destination_blocks)
-    findings += _space_findings(source, source_blocks, destination, destination_blocks)
+    findings += await in_thread(mapper_findings, source, source_blocks)
+    findings += side.mappers
+    findings += _space_findings(source, source_blocks, side.rooms or {})
     if findings:
         raise Refused(findings)
 
@@ -136,56 +152,57 @@ async def preflight(source: Qmp, destination: Qmp, *, memory_only: bool = False)
     shareable = all(issubclass(reader, VfioType1) for reader in readers)
     return Plan(
         source=source_blocks,
-        destination=destination_blocks,
+        destination=tuple(by_name[block.name] for block in source_blocks),
         was_running=state == "running",
         other_ram_bytes=other_ram_bytes(ramblocks, {b.name for b in source_blocks}),
         backends=tuple(backends),
         guest_ranges=tuple(guest_ranges),
-        direct_io=reads_past_page_cache(await _block_nodes(source)),
+        direct_io=reads_past_page_cache(await block_nodes(source)),
         stop_first=has_vfio and (takes_dirty_bits(qtree) or not shareable),
         unstoppable_devices=has_vfio and bool(blockers),
+        tracker=tracker,
     )
 
 
-async def _block_nodes(vm: Qmp) -> list[dict[str, Any]]:
-    return list(await vm.execute("query-named-block-nodes", flat=True))
+# -- the kernel, and the source ----------------------------------------------------------------
 
 
-# -- the processes and their states -------------------------------------------------------------
+_TRACKERS = {UffdAsync.name: check_tracking, UffdSync.name: check_answering}
 
 
-def _process_findings(vm: Qmp) -> list[Finding]:
-    if vm.pid <= 0:
-        return [
-            Finding(
-                "process",
-                f"the {vm.name}'s process is in another PID namespace",
-                "run this program in the namespace of QEMU, or in the host's",
+def choose_tracker(wanted: str) -> tuple[str, list[Finding]]:
+    """Find the first source of CPU writes that works, or why none does.
+
+    :param wanted: its name, or ``auto``
+    """
+    findings = []
+    for name, check in _TRACKERS.items():
+        if wanted not in (name, "auto"):
+            continue
+        try:
+            check()
+        except NotTracking as error:
+            findings.append(
+                Finding(
+                    "kernel",
+                    f"it does not track writes as it has to ({name}): {error.reason}",
+                    "migrator doctor tells more; a kernel that behaves is needed (6.7 or newer)",
+                )
             )
-        ]
-    try:
-        os.listdir(f"/proc/{vm.pid}/fd")
-        open(f"/proc/{vm.pid}/maps", "rb").close()
-    except OSError as error:
-        return [
-            Finding(
-                "permission",
-                f"process {vm.pid} of the {vm.name} may not be looked at: {error.strerror}",
-                "run this program as QEMU's user, or as root",
-            )
-        ]
-    return []
+        else:
+            return name, []
+    return "", findings
 
 
-async def _kernel_findings() -> list[Finding]:
+def _throttle_findings() -> list[Finding]:
     try:
-        await in_thread(check_tracking)
+        check_answering()
     except NotTracking as error:
         return [
             Finding(
-                "kernel",
-                f"it does not track writes as it has to: {error.reason}",
-                "migrator doctor tells more; a kernel that behaves is needed (6.7 or newer)",
+                "throttle",
+                f"writers cannot be slowed by answering them late: {error.reason}",
+                "--throttle off; a kernel that behaves is needed (5.19 or newer)",
             )
         ]
     return []
@@ -224,74 +241,24 @@ async def _blocker_findings(source: Qmp) -> list[Finding]:
     ]
 
 
-async def _destination_state_findings(destination: Qmp) -> list[Finding]:
-    state = await destination.run_state()
-    migration = await destination.migration()
-    status = migration.get("status")
-    listens = "socket-address" in migration  # QEMU 7.2 has no status then
-    if state == "inmigrate" and status in (None, "none") and not listens:
-        return []
-    found = f"state {state!r}" + (f", migration {status!r}" if status else "")
-    if listens:
-        found += ", and listens for somebody else's migration"
+def _machine_findings(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Finding]:
+    mends = {
+        "machine type": "give both sides the same versioned -machine",
+        "target": "start the destination with the same qemu-system binary",
+        "vCPUs": "give both sides the same -smp",
+    }
     return [
         Finding(
-            "destination state",
-            f"the destination is in {found}",
-            "start it anew with the source's command line and -incoming defer",
+            what,
+            f"{what}: the source has {ours[what]}, the destination {theirs.get(what)}",
+            mend,
         )
+        for what, mend in mends.items()
+        if ours[what] != theirs.get(what)
     ]
 
 
-async def _machine_findings(source: Qmp, destination: Qmp) -> list[Finding]:
-    findings = []
-    for what, ask, mend in (
-        ("machine type", _machine_type, "give both sides the same versioned -machine"),
-        ("target", _target, "start the destination with the same qemu-system binary"),
-        ("vCPUs", _vcpus, "give both sides the same -smp"),
-    ):
-        ours, theirs = await ask(source), await ask(destination)
-        if ours != theirs:
-            findings.append(
-                Finding(what, f"{what}: the source has {ours}, the destination {theirs}", mend)
-            )
-    return findings
-
-
-async def _machine_type(vm: Qmp) -> str:
-    return str(await vm.execute("qom-get", path="/machine", property="type"))
-
-
-async def _target(vm: Qmp) -> str:
-    return str((await vm.execute("query-target"))["arch"])
-
-
-async def _vcpus(vm: Qmp) -> int:
-    return len(await vm.execute("query-cpus-fast"))
-
-
 # -- RAM ----------------------------------------------------------------------------------------
-
-
-async def _blocks(vm: Qmp) -> tuple[RamBlock, ...]:
-    try:
-        return tuple(
-            find_block(vm.pid, backend.name, backend.size, backend.mem_path)
-            for backend in await vm.memory_backends()
-        )
-    except TrackerError as error:
-        raise Refused(
-            [
-                Finding(
-                    "RAM",
-                    f"{vm.name}, process {vm.pid}: {error}",
-                    "the socket has to belong to the QEMU process itself, and its RAM files "
-                    "to it alone",
-                )
-            ]
-        ) from error
-    except OSError as error:
-        raise VmError(vm.name, f"process {vm.pid}: {error}") from error
 
 
 def _dma_readers(
@@ -316,49 +283,29 @@ def _unread(why: str) -> Finding:
     )
 
 
-def _mapper_findings(vm: Qmp, blocks: Sequence[RamBlock]) -> list[Finding]:
-    return [
-        Finding(
-            "second mapper",
-            f"process {pid} has RAM {name!r} of the {vm.name} mapped too: "
-            "what it writes is not seen",
-            f"end process {pid}, or the device it serves",
-        )
-        for pid, name in other_mappers(vm.pid, blocks)
-    ]
-
-
 def _space_findings(
-    source: Qmp,
-    source_blocks: Sequence[RamBlock],
-    destination: Qmp,
-    destination_blocks: Sequence[RamBlock],
+    source: Qmp, blocks: Sequence[RamBlock], rooms: Mapping[str, Room]
 ) -> list[Finding]:
-    findings = []
     needed: dict[int, int] = {}
     free: dict[int, int] = {}
-    for ours, theirs in zip(source_blocks, destination_blocks, strict=True):
-        if theirs.is_hugetlb:  # reserved when QEMU mapped it
+    for block in blocks:
+        room = rooms[block.name]
+        if room.free_bytes is None:
             continue
-        source_fd = open_file(source.pid, ours)
-        destination_fd = open_file(destination.pid, theirs)
+        fd = open_file(source.pid, block)
         try:
-            more = os.fstat(source_fd).st_blocks - os.fstat(destination_fd).st_blocks
-            space = os.fstatvfs(destination_fd)
+            more = os.fstat(fd).st_blocks * 512 - room.allocated_bytes
         finally:
-            os.close(source_fd)
-            os.close(destination_fd)
-        needed[theirs.device] = needed.get(theirs.device, 0) + max(0, more) * 512
-        if space.f_blocks:
-            free[theirs.device] = space.f_bavail * space.f_frsize
-    for device, room in free.items():
-        if needed[device] > room:
-            findings.append(
-                Finding(
-                    "space",
-                    f"the destination's RAM needs {needed[device] >> 20} MiB more, its file "
-                    f"system has {room >> 20} MiB left",
-                    "make the file system larger, or use another mem-path",
-                )
-            )
-    return findings
+            os.close(fd)
+        needed[room.filesystem] = needed.get(room.filesystem, 0) + max(0, more)
+        free[room.filesystem] = room.free_bytes
+    return [
+        Finding(
+            "space",
+            f"the destination's RAM needs {needed[filesystem] >> 20} MiB more, its file "
+            f"system has {left >> 20} MiB left",
+            "make the file system larger, or use another mem-path",
+        )
+        for filesystem, left in free.items()
+        if needed[filesystem] > left
+    ]

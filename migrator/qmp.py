@@ -17,6 +17,7 @@ from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClien
 from qemu.qmp.protocol import StateError
 
 from migrator.errors import CommandFailed, QmpUnreachable
+from migrator.settle import within
 
 _log = logging.getLogger(__name__)
 _ANSWER_S = 10.0
@@ -89,7 +90,7 @@ class Qmp:
             pid, _, _ = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-            await asyncio.wait_for(client.connect(connection), timeout_s)
+            await within(timeout_s, client.connect(connection))
         except asyncio.TimeoutError as error:
             connection.close()
             raise QmpUnreachable(
@@ -117,7 +118,7 @@ class Qmp:
         """
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return await asyncio.wait_for(self._client.execute(command, named or None), _ANSWER_S)
+            return await within(_ANSWER_S, self._client.execute(command, named or None))
         except asyncio.TimeoutError as error:
             raise QmpUnreachable(self.name, f"no answer to {command} in {_ANSWER_S:g} s") from error
         except ExecuteError as error:
@@ -174,7 +175,7 @@ class Qmp:
                     raise QmpUnreachable(self.name, f"nothing happened in {timeout_s:g} s")
                 # a lost connection brings no event: look again from time to time
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), min(left, 0.05))
+                    await within(min(left, 0.05), self._arrived.wait())
 
     async def migration_status(self, *wanted: str, since: int, timeout_s: float) -> Event:
         """Wait until QEMU's own migration reaches one of the states, or ``failed``/``cancelled``.

@@ -26,6 +26,7 @@ class Rehearsal:
     :ivar committed: there is no point of no return
     :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
     :ivar paused_by_us: whether it may be paused because we executed ``stop``
+    :param ease: called just before the guest is stopped
     :param collect_and_send: one last round; returns the number of pages that were sent
     :param verify: compares both sides; raises if they differ
     """
@@ -39,6 +40,7 @@ class Rehearsal:
         phases: Phases,
         guard: Guard,
         *,
+        ease: Callable[[], Awaitable[None]],
         collect_and_send: Callable[[Phase, Phase], Awaitable[int]],
         verify: Callable[[], Awaitable[None]],
     ) -> None:
@@ -46,6 +48,7 @@ class Rehearsal:
         self._plan = plan
         self._phases = phases
         self._guard = guard
+        self._ease = ease
         self._collect_and_send = collect_and_send
         self._verify = verify
         self.was_running: bool | None = None
@@ -57,6 +60,7 @@ class Rehearsal:
         :raise VmError: the source does not answer, or does not go on
         """
         self._phases.enter(Phase.SWITCHOVER)
+        await self._ease()
         self._guard.begun(await self._source.run_state() == "running", by_stop=True)
         self.paused_by_us = True
         stopped = await stop_guest(self._source)

@@ -17,8 +17,9 @@ _CONTINUED_S = 0.1
 _STOPPED_BY_MIGRATION = ("finish-migrate", "postmigrate")
 _UNDER_WAY = ("setup", "active", "wait-unplug", "pre-switchover", "device", "cancelling")
 
-SOURCE_CAPABILITIES = {"x-ignore-shared": True, "pause-before-switchover": True, "events": True}
-DESTINATION_CAPABILITIES = {"x-ignore-shared": True, "events": True}
+# multifd: QEMU's own migration may have left it on, and refuses a single stream then
+DESTINATION_CAPABILITIES = {"x-ignore-shared": True, "events": True, "multifd": False}
+SOURCE_CAPABILITIES = {**DESTINATION_CAPABILITIES, "pause-before-switchover": True}
 SOURCE_PARAMETERS = {"max-bandwidth": 1 << 40}  # its own stream never has to wait
 
 

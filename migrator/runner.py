@@ -13,14 +13,15 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from migrator.accel import choose_accel
-from migrator.config import Config, VmConfig
+from migrator.config import Config, MigrationConfig, VmConfig, parse_address
 from migrator.errors import ConfigError, Undecided, VmError
 from migrator.guest import Workload, boot_image, heartbeats
 from migrator.orchestrator import Options, migrate
 from migrator.phases import Phase
 from migrator.policy import Limits
 from migrator.report import Progress, Report
-from migrator.settle import in_thread, settle
+from migrator.settle import in_thread, settle, within
+from migrator.transport.session import Link
 from migrator.vm import RunDirectory, Vm, fill_in
 
 _log = logging.getLogger(__name__)
@@ -42,11 +43,13 @@ async def run(
     here: Path,
     say: Callable[[str], None] = lambda _: None,
     watch: Callable[[Progress], None] = lambda _: None,
+    dirty_map: bool = False,
 ) -> Report:
     """Do what a configuration says. Whatever was started and is not to be kept ends with it.
 
     :param here: the directory that relative paths in the configuration start from
     :param say: called with each step before the migration, for people
+    :param dirty_map: have in the report where memory was dirty
     :raise ConfigError: it cannot be done
     :raise MigratorError: see :func:`migrator.orchestrator.migrate`
     """
@@ -62,29 +65,33 @@ async def run(
         if source is not None and config.source.keep:
             # whatever comes: until it has moved it is the only one
             stack.callback(_keep, source, run_directory, say)
-        destination, destination_qmp = await _provide(
-            "destination", config.destination, values, directory, stack
-        )
+        destination: Vm | None = None
+        place: str | Link
+        if config.destination is not None:
+            destination, place = await _provide(
+                "destination", config.destination, values, directory, stack
+            )
+        else:
+            place = _link(config, here)
         if source is not None:
             say(f"the source runs (process {source.pid}); waiting until its guest is ready")
             await _ready(source, config)
             await asyncio.sleep(config.migration.settle_s)
         say("migrating")
-        report = await migrate(source_qmp, destination_qmp, _options(config), watch=watch)
+        options = options_of(config.migration, dirty_map=dirty_map)
+        report = await migrate(source_qmp, place, options, watch=watch)
         try:
             if source is not None and destination is not None and config.guest is not None:
                 # in a rehearsal the guest goes on where it was
                 there = source if report.memory_only else destination
                 report.guest = await _heartbeat_goes_on(source, there)
             if destination is not None and not report.memory_only:
-                if config.destination.console.alive is not None:
-                    say("the destination runs; watching its console")
-                await _alive(destination, config)
+                await _alive(destination, config, say)
         except VmError as error:
             raise _not_well(error, report) from error
         except asyncio.CancelledError:
             say("interrupted while watching the destination; it has moved")
-        if destination is not None and config.destination.keep:
+        if destination is not None and config.destination and config.destination.keep:
             _keep(destination, run_directory, say)
     return report
 
@@ -148,7 +155,8 @@ def _group_runs(group: int) -> bool:
 
 async def _values(config: Config, directory: Path, here: Path) -> dict[str, str]:
     values = {"run": str(directory), "cache": str(cache_directory()), "here": str(here)}
-    commands = [vm.command for vm in (config.source, config.destination) if vm.command]
+    vms = (config.source, config.destination)
+    commands = [vm.command for vm in vms if vm is not None and vm.command]
     if any("{accel}" in argument for command in commands for argument in command):
         try:
             choice = await choose_accel(commands[0][0], config.accel)
@@ -199,9 +207,11 @@ async def _ready(source: Vm, config: Config) -> None:
         await _count_heartbeats(lambda: source.console.read_bytes(), source, _HEARTBEATS)
 
 
-async def _alive(destination: Vm, config: Config) -> None:
+async def _alive(destination: Vm, config: Config, say: Callable[[str], None]) -> None:
+    assert config.destination is not None
     console = config.destination.console
     if console.alive is not None:
+        say("the destination runs; watching its console")
         await destination.wait_for_console(
             console.alive, timeout_s=console.timeout_s, broken=console.broken
         )
@@ -235,15 +245,32 @@ async def _count_heartbeats(read: Callable[[], bytes], vm: Vm, wanted: int) -> l
         return found
 
     try:
-        return await asyncio.wait_for(beats(), _GUEST_S)
+        return await within(_GUEST_S, beats())
     except ValueError as error:
         raise VmError(vm.name, str(error)) from error
     except asyncio.TimeoutError as error:
         raise VmError(vm.name, f"no {wanted} heartbeats in {_GUEST_S:g} s") from error
 
 
-def _options(config: Config) -> Options:
-    chosen = config.migration
+def _link(config: Config, here: Path) -> Link:
+    link = config.link
+    assert link is not None
+    host, port = parse_address(link.to)
+    return Link(
+        host,
+        port,
+        tls=str((here / link.tls).resolve()) if link.tls is not None else None,
+        peer=link.peer,
+        streams=link.streams,
+        compress=link.compress,
+        bandwidth_bytes_per_s=link.bandwidth,
+        reconnect_s=link.reconnect_s,
+        silence_s=link.silence_s,
+    )
+
+
+def options_of(chosen: MigrationConfig, *, dirty_map: bool = False) -> Options:
+    """What was chosen, in a file or on the command line, as a migration takes it."""
     return Options(
         limits=Limits(
             downtime_ms=chosen.downtime_limit_ms,
@@ -253,4 +280,8 @@ def _options(config: Config) -> Options:
         ),
         verify=chosen.verify,
         memory_only=chosen.memory_only,
+        tracker=chosen.tracker,
+        policy=chosen.policy,
+        throttle_percent=chosen.throttle,
+        dirty_map=dirty_map,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -29,6 +31,31 @@ async def settle(work: Coroutine[Any, Any, _T], *, too_late: bool = False) -> _T
     return task.result()
 
 
+async def within(timeout_s: float | None, work: Awaitable[_T]) -> _T:
+    """Await ``work``, which is cancelled when the time is over; ``None``: it never is.
+
+    Unlike ``asyncio.wait_for``, which before Python 3.12 returns the result that arrives together
+    with a cancellation, and forgets the cancellation.
+
+    :raise asyncio.TimeoutError: the time is over
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=timeout_s)
+    except asyncio.CancelledError:
+        task.cancel()
+        await settle(ended(task), too_late=True)
+        if not task.cancelled():
+            task.exception()
+        raise
+    if not task.done():
+        task.cancel()
+        await settle(ended(task))
+        if task.cancelled():
+            raise asyncio.TimeoutError
+    return task.result()
+
+
 async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Call ``function`` in a thread; unlike ``asyncio.to_thread``, never walk away from it."""
     task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
@@ -40,6 +67,21 @@ async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.
         if not task.cancelled():
             task.exception()
         raise
+
+
+@contextmanager
+def cancelled_by_signals(task: asyncio.Future[Any]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM cancel ``task``, as often as they come; then let be what was."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def ended(task: asyncio.Future[Any]) -> None:

@@ -1,62 +1,133 @@
-"""All dirty sources of the VM that is moved, read together: what is to be sent, what is suspect."""
+"""All dirty sources of a VM, read together: what is to be sent, what is suspect."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from migrator.bitmaps import Bitmaps, no_pages, without
+from migrator.brake import Brake
 from migrator.errors import VmError
-from migrator.preflight import Plan
-from migrator.qmp import Qmp
+from migrator.qmp import MemoryBackend, Qmp
 from migrator.settle import in_thread
+from tracker.address import check_mapped
 from tracker.bitmap import DirtyBitmap
 from tracker.descriptors import vfio_descriptors
 from tracker.dma import dma_sources
 from tracker.holes import Holes
 from tracker.merge import Merged, merge
-from tracker.ram import check_unmoved
+from tracker.ram import GuestRange, RamBlock, check_unmoved
 from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
+from tracker.uffd import Leave, UffdAsync
+from tracker.uffdsync import UffdSync
 
-Bitmaps = Mapping[str, DirtyBitmap]
+
+@dataclass(frozen=True)
+class Tracking:
+    """What is to be tracked, and how.
+
+    :ivar blocks: RAM, with a file each where it is to be moved
+    :ivar backends: the VM's memory backends, to be compared again later
+    :ivar guest_ranges: where the guest sees its RAM
+    :ivar tracker: name of the source of CPU writes
+    :ivar direct_io: whether a page may be reported before the data that are read into it arrive
+    :ivar reads: whether pages may be read, as they are when they are moved (see
+        :class:`tracker.holes.Holes`)
+    """
+
+    blocks: tuple[RamBlock, ...]
+    backends: tuple[MemoryBackend, ...]
+    guest_ranges: tuple[GuestRange, ...]
+    tracker: str
+    direct_io: bool = False
+    reads: bool = True
 
 
 @dataclass(frozen=True)
 class Collected:
     """What one reading of all sources found.
 
+    :ivar reports: what each source reported
     :ivar merged: the union, whose bitmaps are the caller's to keep and to change
     :ivar collect_ms: reading the sources
     :ivar merge_ms: making the union
+    :ivar backends_ms: of ``collect_ms``, asking QEMU
+    :ivar handed_over: whether pages are in it only because another source tracks them now
     """
 
+    reports: Mapping[str, Bitmaps]
     merged: Merged
     collect_ms: float
     merge_ms: float
+    backends_ms: float
+    handed_over: bool = False
+
+
+class Readings(Protocol):
+    """What the rounds of a migration ask of its sources; see :class:`Sources`."""
+
+    @property
+    def data(self) -> Bitmaps:
+        """Pages that held data at the last reading, by block."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether pages can be left unprotected."""
+
+    async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
+        """Read all sources, once."""
+
+    def take_suspects(self, dirty: Bitmaps) -> dict[str, DirtyBitmap]:
+        """Take the suspects, without those that are sent anyway."""
+
+    def suspect_data(self) -> dict[str, DirtyBitmap]:
+        """Suspects that hold data."""
+
+    async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
+        """Have whoever writes wait for a part of its time."""
+
+    async def slow(self, percent: int, longest_ms: float) -> None:
+        """Change that."""
 
 
 class Sources:
-    """The sources of one migration.
+    """The sources of one migration, or of a VM that is only watched.
 
     :ivar suspects: pages, by block, that may have been written without an exact source's saying
         so: those that only an inexact one reports, and those that a read past the page cache may
         have been under way to. They grow with each reading, until they are taken.
     """
 
-    def __init__(self, vm: Qmp, plan: Plan) -> None:
+    def __init__(self, vm: Qmp, tracking: Tracking, cpu: DirtySource) -> None:
+        """Prepare; nothing is done to the VM yet.
+
+        :param cpu: the source of CPU writes; see :func:`migrator.strategies.cpu_source`
+        """
         self._vm = vm
-        self._plan = plan
-        self._cpu = UffdAsync(vm.pid, plan.source)
+        self._tracking = tracking
+        self._files = [block for block in tracking.blocks if block.has_file]
+        self._fileless = [block for block in tracking.blocks if not block.has_file]
+        self._cpu = cpu
+        self._brake = Brake(vm.pid, tracking.blocks, cpu) if isinstance(cpu, UffdAsync) else None
         self._devices: Sequence[DirtySource] = ()
-        self._holes = Holes(vm.pid, plan.source)
-        self._npages = {block.name: block.npages for block in plan.source}
-        self.suspects = self._no_pages()
+        self._holes = Holes(vm.pid, self._files, reads=tracking.reads)
+        self._npages = {block.name: block.npages for block in tracking.blocks}
+        self.suspects = no_pages(self._npages)
 
     @property
     def data(self) -> Bitmaps:
-        """Pages that held data at the last reading, by block; see :class:`tracker.holes.Holes`."""
+        """Pages that held data at the last reading, by block; see :class:`tracker.holes.Holes`.
+
+        Of blocks with a file: the others do not tell.
+        """
         return self._holes.data
+
+    @property
+    def inexact(self) -> set[str]:
+        """Names of the sources that report pages whether they were written or not."""
+        return {source.name for source in self._devices if not source.exact}
 
     async def start(self) -> None:
         """Begin to track: every write from now on is in some later reading.
@@ -66,62 +137,117 @@ class Sources:
         """
         self._vfio = await in_thread(vfio_descriptors, self._vm.pid)
         self._devices = await in_thread(
-            dma_sources, self._vm.pid, self._plan.source, self._plan.guest_ranges
+            dma_sources, self._vm.pid, self._tracking.blocks, self._tracking.guest_ranges
         )
         for source in (self._cpu, *self._devices, self._holes):
             await in_thread(source.start)
 
-    async def collect(self, *, backends_too: bool) -> Collected:
+    @property
+    def leaves(self) -> bool:
+        """Whether pages can be left unprotected: the source of CPU writes lets them be."""
+        return isinstance(self._cpu, UffdAsync)
+
+    async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
         """Read all sources, once.
 
         :param backends_too: ask QEMU for its memory backends as well, which takes milliseconds
+        :param leave: see :meth:`tracker.uffd.UffdAsync.collect`; where the source of CPU writes
+            cannot leave pages unprotected, it is asked all the same
         :raise TrackerError: a source cannot tell, or RAM was mapped anew: nothing is known
         :raise VmError: memory or a device was plugged
         """
         started = time.monotonic()
-        reports = await in_thread(self._read)
+        handed_over = self._brake is not None and self._brake.handed_over
+        # what is reported beside pages that were written may be holes, and to read would fill them
+        look = handed_over or (backends_too and isinstance(self._cpu, UffdSync))
+        reports = await in_thread(self._read, look=look, leave=leave)
         # after reading, not before: the page tables of a process that has died look clean
-        await self._check_nothing_moved(backends_too)
+        asked = time.monotonic()
+        if backends_too:
+            await self._check_nothing_plugged()
+        answered = time.monotonic()
+        await self._check_nothing_moved()
         collected = time.monotonic()
-        merged = self._merge(reports)
+        merged = await in_thread(self._merge, reports)
         for name, suspects in self.suspects.items():
             suspects |= merged.suspects[name]
-            if self._plan.direct_io:
+            if self._tracking.direct_io:
                 # reported when it was pinned for a read, whose data may not have arrived by now
                 suspects |= reports[self._cpu.name][name]
+                if Brake.name in reports:
+                    suspects |= reports[Brake.name][name]
         return Collected(
-            merged, (collected - started) * 1000, (time.monotonic() - collected) * 1000
+            reports,
+            merged,
+            collect_ms=(collected - started) * 1000,
+            merge_ms=(time.monotonic() - collected) * 1000,
+            backends_ms=(answered - asked) * 1000,
+            handed_over=handed_over,
         )
 
-    def _read(self) -> dict[str, dict[str, DirtyBitmap]]:
-        reports = {source.name: source.collect() for source in (self._cpu, *self._devices)}
+    def _read(self, *, look: bool, leave: Leave | None) -> dict[str, dict[str, DirtyBitmap]]:
+        braked = self._brake.collect() if self._brake is not None and self._brake.is_on else None
+        if leave is not None and braked is not None:
+            leave = _of_all(leave, braked)
+        if isinstance(self._cpu, UffdAsync):
+            written = self._cpu.collect(leave)
+        else:
+            written = self._cpu.collect()
+            if leave is not None:
+                leave(written)
+        reports = {self._cpu.name: written}
+        if braked is not None:
+            reports[Brake.name] = braked
+        reports |= {source.name: source.collect() for source in self._devices}
         # after the writes: what held data and was not written since is where new holes can be
         written = self._merge(reports).bitmaps
-        return {**reports, self._holes.name: self._holes.collect(written)}
+        holes = self._holes.collect(None if look else written)
+        # without a file, a page that is given back counts as written
+        holes |= {b.name: DirtyBitmap.empty(b.npages) for b in self._fileless}
+        return {**reports, self._holes.name: holes}
 
     def _merge(self, reports: Mapping[str, Bitmaps]) -> Merged:
-        inexact = {source.name for source in self._devices if not source.exact}
-        return merge(self._npages, reports, inexact)
+        return merge(self._npages, reports, self.inexact)
 
-    async def _check_nothing_moved(self, backends_too: bool) -> None:
-        if backends_too and tuple(await self._vm.memory_backends()) != self._plan.backends:
+    async def _check_nothing_plugged(self) -> None:
+        if tuple(await self._vm.memory_backends()) != self._tracking.backends:
             raise VmError(self._vm.name, "its memory backends changed (memory hotplug?)")
-        await in_thread(check_unmoved, self._vm.pid, self._plan.source)
+
+    async def _check_nothing_moved(self) -> None:
+        await in_thread(check_unmoved, self._vm.pid, self._files)
+        for block in self._fileless:
+            await in_thread(check_mapped, self._vm.pid, block)
         if await in_thread(vfio_descriptors, self._vm.pid) != self._vfio:
             raise VmError(self._vm.name, "its VFIO devices changed (a device was plugged?)")
 
+    async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
+        """Have whoever writes wait for a part of its time; see :meth:`slow`.
+
+        :param hot: what is written most, if not everything can be waited for
+        :raise TrackerError: it cannot be; nobody waits
+        """
+        if self._brake is not None:
+            await in_thread(self._brake.put_on, hot)
+        await self.slow(percent, longest_ms)
+
+    async def slow(self, percent: int, longest_ms: float) -> None:
+        """Change that; see :meth:`tracker.uffdsync.UffdSync.slow`.
+
+        :raise SourceError: nobody answers writes any more
+        """
+        brake = self._cpu if isinstance(self._cpu, UffdSync) else self._brake
+        assert brake is not None
+        await in_thread(brake.slow, percent, longest_ms)
+
     def take_suspects(self, dirty: Bitmaps) -> dict[str, DirtyBitmap]:
         """Take the suspects, without those that are sent anyway."""
-        suspects = {name: pages.minus(dirty[name]) for name, pages in self.suspects.items()}
-        self.suspects = self._no_pages()
+        suspects = without(self.suspects, dirty)
+        self.suspects = no_pages(self._npages)
         return suspects
 
     def suspect_data(self) -> dict[str, DirtyBitmap]:
         """Suspects that hold data: those cost a comparison."""
         return {name: self.data[name] & pages for name, pages in self.suspects.items()}
-
-    def _no_pages(self) -> dict[str, DirtyBitmap]:
-        return {name: DirtyBitmap.empty(npages) for name, npages in self._npages.items()}
 
     async def stop_devices(self) -> None:
         """Let go of the devices' trackers: they stand, and what they wrote was collected."""
@@ -131,5 +257,11 @@ class Sources:
 
     async def stop(self) -> None:
         """Leave nothing behind in the source. May be called again."""
-        for source in (self._cpu, *self._devices, self._holes):
+        brakes = () if self._brake is None else (self._brake,)
+        for source in (*brakes, self._cpu, *self._devices, self._holes):
             await in_thread(source.stop)
+
+
+def _of_all(leave: Leave, braked: Bitmaps) -> Leave:
+    """Ask with what was written under the brake, too: there nothing is left unprotected."""
+    return lambda written: leave({name: pages | braked[name] for name, pages in written.items()})

@@ -17,27 +17,20 @@ source is paused when its state is saved, so that the destination waits for our 
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from migrator.devicestate import Incoming, Outgoing, split_at_end
-from migrator.errors import MigratorError, Undecided, VmError
+from migrator.destination import Destination
+from migrator.devicestate import Incoming, split_at_end
+from migrator.errors import Unconfirmed, Undecided, VmError
 from migrator.guard import Guard
 from migrator.phases import Phase, Phases
 from migrator.preflight import Plan
-from migrator.qmp import Event, Qmp, is_alive
-from migrator.rollback import (
-    DESTINATION_CAPABILITIES,
-    SOURCE_CAPABILITIES,
-    SOURCE_PARAMETERS,
-)
+from migrator.qmp import Event, Qmp
+from migrator.rollback import SOURCE_CAPABILITIES, SOURCE_PARAMETERS
 
-_log = logging.getLogger(__name__)
 _STOP_S = 60.0  # QEMU's own first pass: ROMs, video memory
 _STATE_S = 60.0
-_RESUME_S = 60.0
 
 
 @dataclass
@@ -71,6 +64,7 @@ class Switchover:
     :ivar committed: whether the point of no return was passed
     :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
     :ivar paused_by_us: whether it may be paused because we executed ``stop``
+    :param ease: called just before the guest is stopped
     :param collect_and_send: one last round: reads all sources and delivers what they found
     :param devices_stand: called once the devices write no more, and their bits have been read
     :param verify: compares both sides; raises if they differ
@@ -79,27 +73,26 @@ class Switchover:
     def __init__(
         self,
         source: Qmp,
-        destination: Qmp,
-        destination_pidfd: int,
+        destination: Destination,
         plan: Plan,
         phases: Phases,
         guard: Guard,
         *,
+        ease: Callable[[], Awaitable[None]],
         collect_and_send: Callable[[Phase, Phase], Awaitable[int]],
         devices_stand: Callable[[], Awaitable[None]],
         verify: Callable[[], Awaitable[None]],
     ) -> None:
         self._source = source
         self._destination = destination
-        self._destination_pidfd = destination_pidfd
         self._plan = plan
         self._phases = phases
         self._guard = guard
+        self._ease = ease
         self._collect_and_send = collect_and_send
         self._devices_stand = devices_stand
         self._verify = verify
         self._incoming: Incoming | None = None
-        self._outgoing: Outgoing | None = None
         self.committed = False
         self.was_running: bool | None = None
         self.paused_by_us = False
@@ -112,6 +105,7 @@ class Switchover:
         """
         self._phases.enter(Phase.SWITCHOVER)
         await self._prepare()
+        await self._ease()
         if self._plan.stop_first:
             stopped = await self._stop()
         else:
@@ -127,14 +121,13 @@ class Switchover:
         await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
         await self._verify()
         self._phases.enter(Phase.LOAD)
-        assert self._outgoing is not None
-        await self._outgoing.load(head, timeout_s=_STATE_S)
-        resumed = await self._commit(end)
-        downtime_ms = (resumed.at - stopped.at) * 1000 if stopped and resumed else None
+        await self._destination.load(head, end, timeout_s=_STATE_S)
+        resumed_at = await self._commit()
+        downtime_ms = (resumed_at - stopped.at) * 1000 if stopped and resumed_at else None
         return HandedOver(downtime_ms, len(stream))
 
     async def _prepare(self) -> None:
-        await self._destination.set_capabilities(DESTINATION_CAPABILITIES)
+        await self._destination.prepare()
         await self._source.set_capabilities(SOURCE_CAPABILITIES)
         await self._source.execute("migrate-set-parameters", **SOURCE_PARAMETERS)
 
@@ -176,7 +169,7 @@ class Switchover:
         assert self._incoming is not None
         mark = self._source.mark()
         await self._source.execute("migrate-continue", state="pre-switchover")
-        self._outgoing = await Outgoing.begin(self._destination)  # while the source saves
+        await self._destination.begin_loading()  # while the source saves
         event = await self._source.migration_status("completed", since=mark, timeout_s=_STATE_S)
         self._expect(event, "completed")
         return await self._incoming.whole(timeout_s=_STATE_S)
@@ -187,77 +180,26 @@ class Switchover:
 
     # -- the point of no return -----------------------------------------------------------------
 
-    async def _commit(self, end: bytes) -> Event | None:
-        assert self._outgoing is not None
+    async def _commit(self) -> float | None:
         self._phases.enter(Phase.RESUME)
-        mark = self._destination.mark()
         self._guard.committed()
         self.committed = True
         try:
-            await self._outgoing.finish(end, timeout_s=_RESUME_S)
-            resumed = await self._running(mark)
-        except (MigratorError, OSError) as error:
-            _log.warning("the destination did not confirm: %s", error)
-            if not await self._runs_after_all(error, mark):
-                self.committed = False
-                raise VmError("destination", f"did not run: {error}") from error
-            resumed = None
-        self._phases.enter(Phase.FINISH, at=resumed.at if resumed else None)
-        return resumed
-
-    async def _running(self, mark: int) -> Event | None:
-        def wanted(event: Event) -> bool:
-            ended = event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
-            return event.name == "RESUME" or ended
-
-        event = await self._destination.wait_for(wanted, since=mark, timeout_s=_RESUME_S)
-        if event.data.get("status") == "failed":
-            raise VmError("destination", "refused the end of the device state")
-        if not self.was_running:
-            return None
-        if event.name != "RESUME":  # it was started with -S, or the source was paused
-            await self._destination.execute("cont")
-            event = await self._destination.wait_for(
-                lambda e: e.name == "RESUME", since=mark, timeout_s=_RESUME_S
-            )
-        return event
-
-    async def _runs_after_all(self, error: Exception, mark: int) -> bool:
-        """Whether the destination runs (true) or is known never to run (false).
-
-        It is stopped first, or it could start between being asked and being ended. One that has
-        run already, for however short a time, is the one to go on.
-
-        :raise Undecided: neither is known
-        """
-        known = [f"the source is paused, and complete: {error}"]
-        try:
-            was = await self._destination.run_state()
-            known.append(f"the destination answers, and is {was!r}")
-            await self._destination.execute("stop")
-            await self._destination.run_state()  # events that came before this answer are here
-            if was == "running" or self._destination.seen("RESUME", since=mark):
-                await self._destination.execute("cont")
-                return True
-            await self._destination.execute("quit")
-        except VmError as lost:
-            known.append(str(lost))
-        for _ in range(200):
-            if not is_alive(self._destination_pidfd):
-                if not self._destination.seen("RESUME", since=mark):
-                    return False
-                known.append("the destination ran, and its process has ended")
-                break
-            await asyncio.sleep(0.01)
-        else:
-            known.append(f"the destination's process {self._destination.pid} is alive")
-        raise Undecided(self._phases.current.value, "the destination did not confirm", known)
+            resumed_at = await self._destination.go(run=bool(self.was_running))
+        except Unconfirmed as error:
+            known = ["the source is paused, and complete", *error.known]
+            raise Undecided(
+                self._phases.current.value, "the destination did not confirm", known
+            ) from error
+        except VmError:
+            self.committed = False
+            raise
+        self._phases.enter(Phase.FINISH, at=resumed_at)
+        return resumed_at
 
     # -- the way back, and the end --------------------------------------------------------------
 
     async def close(self) -> None:
-        """Close both streams; a destination that lacks the end of its fails."""
+        """Close the stream from the source; a QEMU that still writes to it fails its migration."""
         if self._incoming is not None:
             await self._incoming.close()
-        if self._outgoing is not None:
-            self._outgoing.close()

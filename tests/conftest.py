@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sockets_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Migrations of tests are not served among the user's, where a killed one leaves its socket."""
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heeded() -> None:
+    """By what tests start, too: in the background of a shell it is ignored, which is inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def require(missing: str | None) -> None:

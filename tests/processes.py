@@ -1,16 +1,22 @@
-"""Whether a process runs."""
+"""Whether a process runs (:mod:`bench.processes`), and which ones do, for tests."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
+from bench.processes import is_running
 
-def is_running(pid: int) -> bool:
-    """Whether it has not ended: what only waits to be reaped has.
+__all__ = ["fault_servers", "is_running"]
 
-    One that was killed may take a moment.
-    """
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+
+def fault_servers() -> set[int]:
+    """Processes that answer write faults, whoever started them."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{entry}/cmdline")
+            if entry.isdigit() and b"tracker.faultserver" in command.read_bytes():
+                found.add(int(entry))
+    return found

@@ -15,7 +15,10 @@ class Sent:
 
     :ivar pages: pages whose content the destination now has
     :ivar zero_pages: of these, zeros and holes, for which nothing was copied
-    :ivar bytes: bytes copied
+    :ivar bytes: bytes of pages copied
+    :ivar wire_bytes: bytes that went over a network for it
+    :ivar least_s: what sending as much takes in the long run, where the rate is limited: after a
+        pause, a little passes faster
     :ivar undelivered: pages that were asked for and did not arrive, by block; they are owed
     :ivar error: why, where something did not arrive
     """
@@ -23,6 +26,8 @@ class Sent:
     pages: int = 0
     zero_pages: int = 0
     bytes: int = 0
+    wire_bytes: int = 0
+    least_s: float = 0.0
     undelivered: dict[str, DirtyBitmap] = field(default_factory=dict)
     error: Exception | None = None
 
@@ -39,8 +44,8 @@ class Comparison:
     mismatched: int
 
 
-class Transport(Protocol):
-    """Carries pages from the source's RAM blocks to the destination's.
+class Sender(Protocol):
+    """Carries pages from the source's RAM blocks to the destination's, once both are connected.
 
     Dirty pages are always collected, and thereby protected again, before they are given to
     :meth:`send`: a page that changes while it is sent is dirty again.
@@ -50,27 +55,46 @@ class Transport(Protocol):
     def sent_pages(self) -> int:
         """Pages sent by the sending that is under way, or by the last one."""
 
-    async def open(self) -> None:
-        """Connect both sides.
+    @property
+    def compares_bytes(self) -> bool:
+        """Whether :meth:`changed` compares bytes, not digests of them."""
 
-        :raise OSError: one of them cannot be reached
-        """
-
-    async def send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
+    async def send(
+        self,
+        dirty: Mapping[str, DirtyBitmap],
+        data: Mapping[str, DirtyBitmap],
+        *,
+        guest_stands: bool = False,
+    ) -> Sent:
         """Make the dirty pages at the destination what they are at the source.
 
         :param dirty: pages to send, by block
         :param data: pages that hold data, by block, as of after ``dirty`` was collected; the
             others are holes, to be cleared at the destination and not to be read here
+        :param guest_stands: what breaks now is an error, not something to be waited for
         """
 
     async def changed(
-        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
+        self,
+        pages: Mapping[str, DirtyBitmap],
+        data: Mapping[str, DirtyBitmap],
+        *,
+        guest_stands: bool = False,
     ) -> dict[str, DirtyBitmap]:
         """Which of the pages are not at the destination as they are at the source.
 
-        :param pages: pages to compare, by block; nothing can write them any more
-        :param data: see :meth:`send`
+        :param pages: pages to compare, by block; what writes them from now on is reported
+        :param data: see :meth:`send`; likewise ``guest_stands``
+        """
+
+
+class Transport(Sender, Protocol):
+    """A sender, from the connecting of both sides to the end."""
+
+    async def open(self) -> None:
+        """Connect both sides.
+
+        :raise OSError: one of them cannot be reached
         """
 
     async def compare(self) -> Comparison:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from migrator.settle import ended, in_thread, settle
 from migrator.transport import Comparison, Sent
-from tracker import kernels
 from tracker.bitmap import DirtyBitmap
 from tracker.extents import data_pages
+from tracker.pages import compare_pages, copy_pages, punch_pages, zero_pages
 from tracker.ram import RamBlock, open_file
 from tracker.syscalls import fault_in
 
@@ -78,6 +78,8 @@ class LocalCopy:
     :param destination: the destination's, in the same order
     """
 
+    compares_bytes = True
+
     def __init__(
         self,
         source_pid: int,
@@ -109,7 +111,13 @@ class LocalCopy:
         for pair in self._pairs:
             pair.open()
 
-    async def send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
+    async def send(
+        self,
+        dirty: Mapping[str, DirtyBitmap],
+        data: Mapping[str, DirtyBitmap],
+        *,
+        guest_stands: bool = False,  # nothing here could be waited for
+    ) -> Sent:
         """See :meth:`migrator.transport.Transport.send`. Stops soon when cancelled."""
         self._sent_pages = 0
         return await self._stoppable(lambda: self._send(dirty, data))
@@ -154,7 +162,7 @@ class LocalCopy:
         for first, last in _parts(dirty):
             if self._stop:
                 return 0  # nobody will read what came of it
-            copied, zeros, error = kernels.copy_pages(
+            copied, zeros, error = copy_pages(
                 pair.from_memory,
                 pair.write_to,
                 pair.write_fd,
@@ -191,15 +199,19 @@ class LocalCopy:
         zeros = DirtyBitmap.empty(cleared.npages)
         page_size = pair.destination.page_size
         # a destination that was preallocated keeps what is zero already
-        kernels.zero_pages(pair.to_memory, page_size, cleared.words, zeros.words)
+        zero_pages(pair.to_memory, page_size, cleared.words, zeros.words)
         punched = cleared.minus(zeros)
-        error = kernels.punch_pages(pair.fd, page_size, punched.words)
+        error = punch_pages(pair.fd, page_size, punched.words)
         if not error:
             pair.present = pair.present.minus(punched)
         return int(error)
 
     async def changed(
-        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
+        self,
+        pages: Mapping[str, DirtyBitmap],
+        data: Mapping[str, DirtyBitmap],
+        *,
+        guest_stands: bool = False,
     ) -> dict[str, DirtyBitmap]:
         """See :meth:`migrator.transport.Transport.changed`.
 
@@ -223,7 +235,7 @@ class LocalCopy:
 
         def compare(part: tuple[int, int]) -> None:
             if not self._stop:
-                kernels.compare_pages(
+                compare_pages(
                     pair.from_memory,
                     pair.to_memory,
                     pair.source.page_size,

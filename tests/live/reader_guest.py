@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrator import bootsector
 from migrator.assembly import SECTOR_SIZE, Assembly
 from migrator.guest import IMAGE_BYTES, MIB, PAGE_SIZE
 from tests.live.vms import Machine
@@ -33,8 +34,6 @@ TABLE = 0x6000
 """Guest-physical address of the page that the processor writes."""
 
 _READS_LEFT = TABLE + 8
-_ORIGIN, _STACK = 0x7C00, 0x7000
-_CODE, _DATA = 0x08, 0x10
 _BMIDE = 0x8000_0920  # PCI configuration address of 00:01.1, its base address 4
 _COMMAND = 0x8000_0904  # its command register
 _SLAVE = 0xF0  # of the channel, addressed by sector number
@@ -121,39 +120,19 @@ def listing(reading: Reading) -> str:
 
 
 def _program(r: Reading) -> Assembly:
-    s = Assembly(_ORIGIN)
-    _enter_protected_mode(s)
+    s = Assembly(bootsector.ORIGIN)
+    s.listing.append(".code16")
+    bootsector.enter_protected_mode(s)
     _find_bus_master(s)
     _read_for_ever(s, r)
     _heartbeat(s, r)
-    _put(s)
-    _tables(s)
+    bootsector.put(s)
+    bootsector.segments(s)
+    # no gates: a fault resets the machine, and the heartbeats start at 0 again
+    s.label("idtr")
+    s.op("imm16:0 imm32:0", ".word 0; .long 0")
     s.end_boot_sector()
     return s
-
-
-def _enter_protected_mode(s: Assembly) -> None:
-    s.listing.append(".code16")
-    s.op("fa", "cli")
-    s.op("31 c0", "xor ax, ax")
-    s.op("8e d8", "mov ds, ax")
-    s.op("e4 92", "in al, 0x92")  # system control port A:
-    s.op("0c 02", "or al, 2")  # A20 on,
-    s.op("24 fe", "and al, 0xfe")  # and no reset
-    s.op("e6 92", "out 0x92, al")
-    s.op("0f 01 16 abs16:gdtr", "lgdtw [gdtr]")
-    s.op("0f 01 1e abs16:idtr", "lidtw [idtr]")
-    s.op("0f 20 c0", "mov eax, cr0")
-    s.op("0c 01", "or al, 1")
-    s.op("0f 22 c0", "mov cr0, eax")
-    s.op(f"ea abs16:protected imm16:{_CODE}", f"ljmp {_CODE}, offset protected")
-    s.listing.append(".code32")
-    s.label("protected")
-    s.op(f"66 b8 imm16:{_DATA}", f"mov ax, {_DATA}")
-    s.op("8e d8", "mov ds, eax")
-    s.op("8e c0", "mov es, eax")
-    s.op("8e d0", "mov ss, eax")
-    s.op(f"bc imm32:{_STACK}", f"mov esp, {_STACK}")
 
 
 def _find_bus_master(s: Assembly) -> None:
@@ -246,50 +225,10 @@ def _bus_master(s: Assembly, register: int, value: int) -> None:
 def _heartbeat(s: Assembly, r: Reading) -> None:
     left = r.reads_per_heartbeat
     s.op(f"c7 05 imm32:{_READS_LEFT} imm32:{left}", f"mov dword ptr [{_READS_LEFT}], {left}")
-    s.op("b9 imm32:8", "mov ecx, 8")
-    s.label("digit")
-    s.op("c1 c3 04", "rol ebx, 4")  # eight of these leave ebx as it was
-    s.op("88 d8", "mov al, bl")
-    s.op("24 0f", "and al, 0x0f")
-    s.op("04 30", "add al, '0'")
-    s.op("3c 39", "cmp al, '9'")
-    s.op("76 rel8:decimal", "jbe decimal")
-    s.op("04 27", "add al, 'a' - '9' - 1")
-    s.label("decimal")
-    s.op("e8 rel32:put", "call put")
-    s.op("e2 rel8:digit", "loop digit")
-    s.op("b0 0a", "mov al, 10")
-    s.op("e8 rel32:put", "call put")
-    s.op("43", "inc ebx")
+    bootsector.say_number(s)
     s.op("e9 rel32:read", "jmp read")
 
     s.label("failed")
     s.op("b0 21", "mov al, '!'")
     s.op("e8 rel32:put", "call put")
     s.op("f4", "hlt")
-
-
-def _put(s: Assembly) -> None:
-    s.label("put")
-    s.op("88 c4", "mov ah, al")
-    s.op("66 ba imm16:1021", "mov dx, 0x3f8 + 5")
-    s.label("busy")
-    s.op("ec", "in al, dx")
-    s.op("a8 20", "test al, 0x20")  # line status: the transmitter takes another byte
-    s.op("74 rel8:busy", "jz busy")
-    s.op("88 e0", "mov al, ah")
-    s.op("66 ba imm16:1016", "mov dx, 0x3f8")
-    s.op("ee", "out dx, al")
-    s.op("c3", "ret")
-
-
-def _tables(s: Assembly) -> None:
-    s.label("gdt")
-    s.op("imm32:0 imm32:0", ".quad 0")
-    s.op("ff ff 00 00 00 9b cf 00", ".quad 0x00cf9b000000ffff")  # _CODE
-    s.op("ff ff 00 00 00 93 cf 00", ".quad 0x00cf93000000ffff")  # _DATA
-    s.label("gdtr")
-    s.op("imm16:23 abs32:gdt", ".word 23; .long gdt")
-    # no gates: a fault resets the machine, and the heartbeats start at 0 again
-    s.label("idtr")
-    s.op("imm16:0 imm32:0", ".word 0; .long 0")

@@ -210,8 +210,8 @@ from migrator.cli import main
 from tracker.bitmap import DirtyBitmap
 from tracker.uffd import UffdAsync
 collect = UffdAsync.collect
-def lossy(self):
-    return {name: DirtyBitmap.empty(found.npages) for name, found in collect(self).items()}
+def lossy(self, leave=None):
+    return {name: DirtyBitmap.empty(found.npages) for name, found in collect(self, leave).items()}
 UffdAsync.collect = lossy
 main()
 """

@@ -29,12 +29,12 @@ from tests.live.tracked import (
     tracked,
     tracking,
 )
-from tracker import kernels
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import SourceError
 from tracker.holes import Holes
-from tracker.kernels import warm_up
+from tracker.pages import punch_pages
 from tracker.ram import RamBlock, open_file
+from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live
 
@@ -302,7 +302,7 @@ def test_pages_that_are_discarded_while_they_are_copied() -> None:
             some = np.random.default_rng(seed).permutation(npages)[: npages // 2]
             for part in np.split(np.sort(some), 8):
                 words = DirtyBitmap.from_pages(npages, part).words
-                assert kernels.punch_pages(fd, PAGE, words) == 0
+                assert punch_pages(fd, PAGE, words) == 0
 
         async def trial(seed: int) -> int:
             child.store(0, npages)

@@ -26,7 +26,7 @@ from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bitmap import DirtyBitmap
 from tracker.holes import Holes
-from tracker.uffd import UffdAsync
+from tracker.uffd import Leave, UffdAsync
 
 pytestmark = pytest.mark.live
 
@@ -40,8 +40,8 @@ every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 class Silent(UffdAsync):
     """A tracker that drops what it collected."""
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        return nothing(super().collect())
+    def collect(self, leave: Leave | None = None) -> dict[str, DirtyBitmap]:
+        return nothing(super().collect(leave))
 
 
 class SilentHoles(Holes):
@@ -92,7 +92,7 @@ async def fails(vms: Pair, action: Callable[[], object]) -> None:
 def test_without_the_tracker_verifying_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair, source: Ram, destination: Ram) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr("migrator.sources.UffdAsync", Silent)
+            patched.setattr("migrator.strategies.UffdAsync", Silent)
             await fails(vms, lambda: None)
         await move(vms)
         await vms.check_heartbeat_unbroken()

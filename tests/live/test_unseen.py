@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from migrator import migrate
+from migrator.destination import Destination
 from migrator.guest import Workload
 from migrator.phases import Phase
 from migrator.preflight import Plan, preflight
@@ -137,8 +139,8 @@ def test_what_an_exact_source_reports_is_sent(monkeypatch: pytest.MonkeyPatch) -
 def stopping_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every preflight find that QEMU's migration would take dirty bits away."""
 
-    async def changed(source: Qmp, destination: Qmp, *, memory_only: bool) -> Plan:
-        plan = await preflight(source, destination, memory_only=memory_only)
+    async def changed(source: Qmp, destination: Destination, **options: Any) -> Plan:
+        plan = await preflight(source, destination, **options)
         return replace(plan, stop_first=True)
 
     monkeypatch.setattr("migrator.orchestrator.preflight", changed)

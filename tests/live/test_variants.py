@@ -48,6 +48,22 @@ def test_two_numa_nodes(qemu: Qemu) -> None:
     moves(Machine(nodes=2, qemu=qemu.require()))
 
 
+@every_qemu
+def test_multifd_that_was_left_on(qemu: Qemu) -> None:
+    """As QEMU's own migration leaves it where it has brought a VM."""
+
+    async def body() -> None:
+        async with pair(Machine(qemu=qemu.require())) as vms:
+            for vm in (vms.source, vms.destination):
+                qmp = await Qmp.connect(vm.name, vm.qmp)
+                await qmp.set_capabilities({"multifd": True})
+                await qmp.close()
+            await move(vms)
+            await vms.check_heartbeat_unbroken()
+
+    asyncio.run(body())
+
+
 def test_from_an_old_qemu_to_a_new_one() -> None:
     require(None if BACKPORTS in QEMUS else "the system's QEMU is the newest there is")
     moves(

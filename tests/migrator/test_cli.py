@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from migrator import cli
 from migrator.cli import main
+from migrator.cli_shared import SizeType
 from migrator.errors import (
     Aborted,
     AccelUnavailable,
     ConfigError,
     Failed,
     MigratorError,
+    PeerRefused,
     QmpUnreachable,
     Refused,
     Undecided,
@@ -40,7 +42,10 @@ def invoke(*arguments: str) -> Result:
 
 
 def test_the_commands() -> None:
-    assert COMMANDS == ["demo", "doctor", "migrate", "run"]
+    assert [
+        *["cancel", "demo", "doctor", "keys", "migrate"],
+        *["receive", "record", "resolve", "run", "send", "status", "watch"],
+    ] == COMMANDS
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -53,11 +58,23 @@ def test_help(option: str) -> None:
         assert re.search(rf"^ +{code}  \w", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command(command: str) -> None:
-    done = invoke(command, "--help")
+def leaves(group: click.Group) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from ((name, *rest) for rest in leaves(command))
+        else:
+            yield (name,)
+
+
+@pytest.mark.parametrize("words", list(leaves(main)), ids=" ".join)
+def test_help_of_a_command(words: tuple[str, ...]) -> None:
+    done = invoke(*words, "--help")
     assert done.exit_code == 0
-    options = [p for p in main.commands[command].params if isinstance(p, click.Option)]
+    command: click.Command = main
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    options = [p for p in command.params if isinstance(p, click.Option)]
     for option in options:
         assert option.opts[0] in done.stdout
         assert option.help, option.name
@@ -70,7 +87,9 @@ def test_version() -> None:
     assert "version" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["keys", "init", "--help"], ["--version"]]
+)
 def test_help_is_quick(arguments: list[str]) -> None:
     """Nothing is imported that only work needs."""
     program = (
@@ -78,6 +97,7 @@ def test_help_is_quick(arguments: list[str]) -> None:
         "from migrator.cli import main\n"
         f"main({arguments!r}, standalone_mode=False)\n"
         "heavy = {'numba', 'numpy', 'matplotlib', 'pydantic', 'rich', 'qemu', 'yaml', 'asyncio'}\n"
+        "heavy |= {'cryptography', 'ssl'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run(
@@ -123,6 +143,8 @@ def test_importing_the_package_is_quick() -> None:
         (["demo", "--max-rounds", "0"], "--max-rounds"),
         (["demo", "--max-seconds", "0"], "--max-seconds"),
         (["demo", "--on-limit", "shrug"], "--on-limit"),
+        (["demo", "--policy", "hope"], "--policy"),
+        (["demo", "--throttle", "100%"], "--throttle"),
     ],
 )
 def test_usage_errors(arguments: list[str], said: str) -> None:
@@ -199,6 +221,7 @@ ENDS: list[tuple[MigratorError, int, str]] = [
     (ConfigError("expected sense"), 2, "failed"),
     (AccelUnavailable("kvm", "no"), 2, "failed"),
     (QmpUnreachable("source", "no"), 1, "failed"),
+    (PeerRefused("hostb [sha256:0]", "hosta"), 1, "failed"),
     (Refused([Finding("RAM", "is [private]", "share=on")]), 3, "aborted"),
     (reported(Aborted("rounds", "does not converge")), 1, "aborted"),
     (reported(Failed("copy", "is full")), 1, "failed"),
@@ -279,7 +302,7 @@ def test_options_reach_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke(
         *["migrate", "--source", "/a", "--destination", "/b", "--verify"],
         *["--downtime-limit", "7.5", "--max-rounds", "3", "--max-seconds", "9"],
-        *["--on-limit", "force"],
+        *["--on-limit", "force", "--policy", "defer-hot", "--throttle", "80%"],
     )
     assert done.exit_code == 0
     assert done.stdout == ""
@@ -288,6 +311,8 @@ def test_options_reach_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = options.limits
     assert (limits.downtime_ms, limits.max_rounds, limits.max_seconds) == (7.5, 3, 9.0)
     assert limits.on_limit == "force"
+    assert options.policy == "defer-hot"
+    assert options.throttle_percent == 80
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -311,7 +336,8 @@ def test_a_configuration_reaches_the_runner(
 
 def test_defaults_are_those_of_the_configuration() -> None:
     """On the command line, in a file, and in the library."""
-    from migrator.config import GuestConfig, MigrationConfig
+    from migrator.config import GuestConfig, MigrationConfig, parse_throttle
+    from migrator.orchestrator import Options
     from migrator.policy import Limits
 
     in_file, in_library = MigrationConfig(), Limits()
@@ -321,7 +347,9 @@ def test_defaults_are_those_of_the_configuration() -> None:
         assert options["max_rounds"] == in_file.max_rounds == in_library.max_rounds
         assert options["max_seconds"] == in_file.max_seconds == in_library.max_seconds
         assert options["on_limit"] == in_file.on_limit == in_library.on_limit
+        assert options["policy"] == in_file.policy == Options().policy
+        assert parse_throttle(options["throttle"]) == in_file.throttle == Options().throttle_percent
     options = {p.name: p.default for p in main.commands["demo"].params}
-    size = cli._SizeType().convert(options["working_set"], None, None)
+    size = SizeType().convert(options["working_set"], None, None)
     assert size == GuestConfig().working_set
     assert options["write_rate"] == GuestConfig().pages_per_s

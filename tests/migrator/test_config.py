@@ -11,15 +11,17 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from migrator.config import (
     Config,
     Console,
     GuestConfig,
+    LinkConfig,
     MigrationConfig,
     VmConfig,
     load,
+    parse_address,
     parse_size,
 )
 from migrator.errors import ConfigError
@@ -42,6 +44,8 @@ WHOLE: dict[str, Any] = {
         "max_rounds": 5,
         "max_seconds": 9,
         "on_limit": "force",
+        "policy": "send-all",
+        "throttle": "90%",
         "verify": True,
         "settle_s": 0,
     },
@@ -85,7 +89,9 @@ def changed(said: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 def test_the_smallest() -> None:
     config = Config.model_validate(SMALLEST)
+    assert config.destination is not None
     assert (config.source.qmp, config.destination.qmp) == ("/a", "/b")
+    assert config.link is None
     assert config.guest is None
 
 
@@ -101,9 +107,23 @@ def test_everything(path: Path) -> None:
         max_rounds=5,
         max_seconds=9,
         on_limit="force",
+        policy="send-all",
+        throttle=90,
         verify=True,
         settle_s=0,
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "percent"),
+    [("auto", 99), ("off", 0), ("75%", 75), ("75 %", 75), ("75", 75), ("0", 0), ("no", 0)],
+)
+def test_how_much_writers_may_be_slowed(path: Path, said: str, percent: int) -> None:
+    """As YAML reads it: ``off`` is false, and a number is one."""
+    path.write_text(
+        f"source: {{qmp: /a}}\ndestination: {{qmp: /b}}\nmigration: {{throttle: {said}}}"
+    )
+    assert load(path).migration.throttle == percent
 
 
 def test_a_command_is_split_as_a_shell_does(path: Path) -> None:
@@ -131,11 +151,10 @@ def test_an_unknown_key(path: Path, place: str) -> None:
     assert known == list(models[place].model_fields)
 
 
-@pytest.mark.parametrize("key", ["source", "destination"])
-def test_a_missing_key(path: Path, key: str) -> None:
+def test_a_missing_key(path: Path) -> None:
     said = copy.deepcopy(WHOLE)
-    del said[key]
-    assert refused(path, said, key).expected == "expected, and missing"
+    del said["source"]
+    assert refused(path, said, "source").expected == "expected, and missing"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +193,12 @@ def test_a_missing_key(path: Path, key: str) -> None:
         ("migration.max_rounds", 1.5, ""),
         ("migration.max_seconds", -1, ""),
         ("migration.on_limit", "shrug", ""),
+        ("migration.policy", "hope", ""),
+        ("migration.throttle", "on", ""),
+        ("migration.throttle", True, ""),
+        ("migration.throttle", 100, ""),
+        ("migration.throttle", -1, ""),
+        ("migration.throttle", "90 %%", ""),
         ("migration.verify", "perhaps", ""),
         ("migration.settle_s", -0.1, ""),
     ],
@@ -345,3 +370,54 @@ def test_the_reference_gives_the_defaults() -> None:
     assert float(timeout[1]) == default(Console, "timeout_s")
     for key in ("ready", "alive", "broken"):
         assert default(Console, key) is None
+    link = re.search(r"^#   link:\n((?:#     .*\n)+)", text, re.MULTILINE)
+    assert link is not None
+    keys = dict(re.findall(r"^#     (\w+): (\S+)", link[1], re.MULTILINE))
+    assert keys.keys() == LinkConfig.model_fields.keys()
+    for key in ("streams", "compress", "reconnect_s", "silence_s", "insecure"):
+        assert yaml.safe_load(keys[key]) == default(LinkConfig, key), key
+    for key in ("peer", "bandwidth"):
+        assert default(LinkConfig, key) is None
+
+
+def link(**said: object) -> dict[str, Any]:
+    return {"source": {"qmp": "/a"}, "link": {"to": "b:7000", **said}}
+
+
+def test_a_link_in_the_place_of_a_destination() -> None:
+    config = Config.model_validate(link(tls="keys", bandwidth="100M", compress="zstd:3"))
+    assert config.destination is None
+    assert config.link is not None
+    assert config.link.bandwidth == 100 << 20
+    assert config.link.compress == "zstd:3"
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (link(), "either tls, or insecure"),
+        (link(tls="keys", insecure=True), "either tls, or insecure"),
+        (link(tls="keys", to="b"), "HOST:PORT"),
+        (link(tls="keys", to="fd00::1:7000"), "in brackets"),
+        (link(tls="keys", compress="zip"), "none, auto, zstd"),
+        (link(tls="keys", streams=0), "greater than or equal to 1"),
+        ({"source": {"qmp": "/a"}}, "either destination"),
+        ({**link(tls="keys"), "destination": {"qmp": "/b"}}, "either destination"),
+    ],
+)
+def test_a_link_that_makes_no_sense(said: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Config.model_validate(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("host.example:7000", ("host.example", 7000)),
+        ("10.0.0.1:1", ("10.0.0.1", 1)),
+        ("[fd00::1]:7000", ("fd00::1", 7000)),
+        (":7000", ("", 7000)),
+    ],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address

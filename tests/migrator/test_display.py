@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from migrator.display import Display, findings, summary
+from migrator.display import Display, findings, line, summary
 from migrator.findings import Finding
 from migrator.phases import DOWNTIME, Phase
 from migrator.report import Progress, Report, Round
@@ -144,6 +144,13 @@ def test_elsewhere_than_on_a_terminal_each_phase_is_a_line(
     assert err.splitlines() == ["phase attach", "phase copy", "phase rounds", "[red]so[/]"]
 
 
+def test_and_so_is_each_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as display:
+        for note in ("", "slow", "slow", "slower", ""):
+            display.show(replace(PROGRESS, note=note))
+    assert capsys.readouterr().err.splitlines() == ["phase rounds", "slow", "slower"]
+
+
 def test_nothing_is_drawn_in_the_downtime(capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as display:
         for phase in DOWNTIME:
@@ -169,6 +176,19 @@ def test_on_a_terminal_there_is_one_line_that_changes() -> None:
     assert "2,048 MiB/s" in seen
     assert "251" not in seen
     display.__exit__()  # once more
+
+
+def test_a_line_tells_what_is_known() -> None:
+    for known, said in (
+        ({}, "2,048 MiB/s"),
+        ({"expected_downtime_ms": 1234.5}, "2,048 MiB/s  downtime 1,234 ms"),
+        ({"left_s": 0.0}, "2,048 MiB/s  left 0.0 s"),
+        ({"left_s": 99.94}, "left 99.9 s"),
+        ({"left_s": 600.0}, "left 10 min"),
+        ({"left_s": 1.0, "note": "[again]"}, "left 1.0 s  [again]"),
+    ):
+        text = line(replace(PROGRESS, **known)).plain
+        assert text.endswith(said)
 
 
 def test_findings() -> None:

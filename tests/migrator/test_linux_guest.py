@@ -27,9 +27,9 @@ def build(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def recipe() -> bytes:
+def recipe(init: Path = INIT, program: str = "stress-ng") -> bytes:
     """The checksum line that marks results as made by the present script and init."""
-    content = SCRIPT.read_bytes() + INIT.read_bytes()
+    content = SCRIPT.read_bytes() + init.read_bytes() + program.encode()
     return subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
 
 
@@ -112,10 +112,21 @@ def test_without_package_lists_says_what_to_do_and_leaves_nothing(tmp_path: Path
     assert not (out / ".build").exists()
 
 
-@pytest.mark.parametrize("args", [("-h",), ("a", "b")], ids=["option", "two directories"])
+def test_another_init_and_program_are_another_recipe(built: Path, bare_path: str) -> None:
+    init = built / "init"
+    init.write_text("#!/bin/sh\n")
+    assert build(built, init, "stress-ng", PATH=bare_path).returncode == 1
+    (built / "recipe").write_bytes(recipe(init, "sqlite3"))
+    assert build(built, init, "sqlite3", PATH=bare_path).returncode == 0
+    assert build(built, init, "stress-ng", PATH=bare_path).returncode == 1
+    assert build(built, PATH=bare_path).returncode == 1
+
+
+@pytest.mark.parametrize("args", [("-h",), ("a", "b"), ("a", "b", "c", "d"), ("",)], ids=str)
 def test_usage(args: tuple[str, ...]) -> None:
     run = build(*args)
-    assert (run.returncode, run.stderr) == (1, "linux-guest: usage: linux-guest [DIR]\n")
+    usage = "linux-guest: usage: linux-guest [DIR [INIT PROGRAM]]\n"
+    assert (run.returncode, run.stderr) == (1, usage)
 
 
 def test_no_home_and_no_directory() -> None:

@@ -22,7 +22,6 @@ from migrator.transport import Comparison, Sent, local
 from migrator.transport.local import LocalCopy
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Ram, disk_directory, shm_directory, small_tmpfs
-from tracker import kernels
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import RamError
 
@@ -390,7 +389,7 @@ def test_what_is_owed_can_be_sent_by_the_same_transport(tmp_path: Path) -> None:
 def slowly(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[threading.Event, list[int]]:
     """Let a kernel say when it has begun; the rest of its parts take a moment each."""
     begun, calls = threading.Event(), list[int]()
-    kernel: Callable[..., Any] = getattr(kernels, name)
+    kernel: Callable[..., Any] = getattr(local, name)
 
     def slow(*arguments: Any) -> Any:
         calls.append(1)
@@ -399,7 +398,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[threading.Event,
         return kernel(*arguments)
 
     monkeypatch.setattr(local, "_PART_WORDS", 1)
-    monkeypatch.setattr(kernels, name, slow)
+    monkeypatch.setattr(local, name, slow)
     return begun, calls
 
 

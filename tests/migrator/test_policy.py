@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrator.downtime import Fixed
 from migrator.policy import Decision, Limits, Observation, OnLimit, SendAll, Verdict
 
 MB = 1_000_000
 LIMITS = Limits(downtime_ms=100.0, max_rounds=10, max_seconds=60.0)
-POLICY = SendAll(LIMITS, fixed_ms=20.0)
+FIXED = Fixed(stop_ms=20.0, device_state_ms=0.0, load_ms=0.0, resume_ms=0.0)
+POLICY = SendAll(LIMITS, FIXED)
 SEEN = Observation(round=1, elapsed_s=1.0, dirty_bytes=80 * MB, bytes_per_s=1000.0 * MB)
 
 
@@ -36,7 +38,7 @@ def test_a_faster_link_makes_it_fit() -> None:
 
 
 def test_a_limit_below_the_fixed_part_never_fits() -> None:
-    policy = SendAll(replace(LIMITS, downtime_ms=19.9), fixed_ms=20.0)
+    policy = SendAll(replace(LIMITS, downtime_ms=19.9), FIXED)
     assert policy.decide(replace(SEEN, dirty_bytes=0)).verdict is Verdict.CONTINUE
 
 

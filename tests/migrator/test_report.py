@@ -13,7 +13,10 @@ KEYS = {
     *("status", "reason", "total_ms", "downtime_ms", "verify_ms", "guest_bytes", "pages_sent"),
     *("bytes_sent", "final_pages", "verified_pages", "mismatched_pages", "device_state_bytes"),
     *("qemu_ram_transferred", "rounds", "phases", "downtime_phases", "known", "guest"),
-    *("memory_only", "stopped_by", "compared_pages", "differing_pages"),
+    *("memory_only", "stopped_by", "compared_pages", "differing_pages", "wire_bytes", "reconnects"),
+    *("policy", "predicted_downtime_ms", "predicted_downtime", "unchanged_pages"),
+    "throttle_percent",
+    *("downtime_limit_ms", "dirty_map"),
 }
 
 
@@ -32,7 +35,8 @@ def test_a_new_report_claims_nothing() -> None:
     assert said["status"] == "failed"
     for key in (
         *("downtime_ms", "verify_ms", "verified_pages", "mismatched_pages"),
-        *("device_state_bytes", "qemu_ram_transferred", "guest", "stopped_by"),
+        *("device_state_bytes", "qemu_ram_transferred", "guest", "stopped_by", "wire_bytes"),
+        *("predicted_downtime_ms", "downtime_limit_ms", "dirty_map"),
     ):
         assert said[key] is None, key
     assert said["rounds"] == said["downtime_phases"] == said["known"] == []
@@ -47,12 +51,16 @@ def test_nothing_verified_and_nothing_differing_are_told_apart() -> None:
 def test_rounds_add_up() -> None:
     report = Report()
     report.add(Round(0, {"all": 7}, {}, 7, sent_pages=7, zero_pages=2, sent_bytes=5 * 4096))
-    one = Round(1, {"uffd": 3, "holes": 1}, {"uffd": 3}, 3, sent_pages=3, sent_bytes=4096)
+    one = Round(
+        1, {"uffd": 3, "holes": 1}, {"uffd": 3}, 3, sent_pages=3, sent_bytes=4096, wire_bytes=99
+    )
     one.compared_pages, one.differing_pages = 9, 1
+    one.waiting_pages, one.unchanged_pages = 1, 2
     report.add(one)
     said = parsed(report)
     assert (said["compared_pages"], said["differing_pages"]) == (9, 1)
-    assert (said["pages_sent"], said["bytes_sent"]) == (10, 6 * 4096)
+    assert said["unchanged_pages"] == 2
+    assert (said["pages_sent"], said["bytes_sent"], said["wire_bytes"]) == (10, 6 * 4096, 99)
     assert [r["number"] for r in said["rounds"]] == [0, 1]
     assert said["rounds"][1] == {
         "number": 1,
@@ -62,13 +70,21 @@ def test_rounds_add_up() -> None:
         "pages_by_several": 0,
         "compared_pages": 9,
         "differing_pages": 1,
+        "waiting_pages": 1,
+        "unchanged_pages": 2,
+        "throttle_percent": 0,
         "sent_pages": 3,
         "zero_pages": 0,
         "sent_bytes": 4096,
+        "wire_bytes": 99,
         "collect_ms": 0.0,
         "merge_ms": 0.0,
         "compare_ms": 0.0,
         "send_ms": 0.0,
+        "began_s": 0.0,
+        "ended_s": 0.0,
+        "dirty_bytes": 0,
+        "waiting_bytes": 0,
         "expected_downtime_ms": None,
         "decision": "",
     }

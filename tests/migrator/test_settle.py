@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
-from migrator.settle import in_thread, settle
+from migrator.settle import in_thread, settle, within
 
 
 def test_the_result() -> None:
@@ -154,3 +157,86 @@ def test_a_thread_is_never_abandoned(fails: bool) -> None:
         assert done.is_set()
 
     asyncio.run(body())
+
+
+# -- within -------------------------------------------------------------------------------------
+
+
+def test_within_the_time() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 42
+
+    assert asyncio.run(within(60, work())) == 42
+
+
+def test_the_error_within_the_time() -> None:
+    async def work() -> None:
+        raise ValueError("it")
+
+    with pytest.raises(ValueError, match="it"):
+        asyncio.run(within(60, work()))
+
+
+def test_when_the_time_is_over_the_work_is_cancelled_and_has_ended() -> None:
+    ended = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append(True)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(within(0.01, work()))
+    assert ended == [True]
+
+
+def test_what_is_cancelled_within_the_time_cancels_the_work() -> None:
+    async def body() -> None:
+        work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(within(60, work))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert work.cancelled()
+
+    asyncio.run(body())
+
+
+async def _cancelled_together_with(
+    result: int | Exception, wait: Callable[[float, Awaitable[int]], Awaitable[int]]
+) -> Any:
+    work: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def waits() -> int:
+        return await wait(60, work)
+
+    task = asyncio.ensure_future(waits())
+    await asyncio.sleep(0)
+    if isinstance(result, Exception):
+        work.set_exception(result)
+    else:
+        work.set_result(result)
+    task.cancel()
+    await asyncio.wait([task])
+    return "cancelled" if task.cancelled() else task.result()
+
+
+@pytest.mark.parametrize("result", [42, ValueError("it")])
+def test_a_cancellation_that_comes_with_the_result_is_not_forgotten(
+    result: int | Exception,
+) -> None:
+    assert asyncio.run(_cancelled_together_with(result, within)) == "cancelled"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="it was mended in Python 3.12")
+def test_which_wait_for_does_forget() -> None:
+    """The other side of the test above."""
+
+    def wait(timeout_s: float, work: Awaitable[int]) -> Awaitable[int]:
+        return asyncio.wait_for(work, timeout_s)
+
+    assert asyncio.run(_cancelled_together_with(42, wait)) == 42

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from migrator import MigratorError, Options, Progress, Report, migrate
+from migrator.destination import LocalDestination
 from migrator.errors import CommandFailed, QmpUnreachable, Undecided, VmError
 from migrator.guard import Guard
 from migrator.phases import Phase, Phases
@@ -156,19 +157,21 @@ class GuardLog:
 class Rig:
     """A switchover between two fakes. To be made inside a running loop."""
 
-    def __init__(self, pidfd: int, *, was_running: bool = True, stop_first: bool = False) -> None:
+    def __init__(self, pid: int, *, was_running: bool = True, stop_first: bool = False) -> None:
         self.log = Log()
         self.source, self.destination = Fake("source", self.log), Fake("destination", self.log)
+        self.destination.pid = pid
         block = RamBlock("ram", 1 << 20, 4096, 0, 0, 0)
         backend = MemoryBackend("ram", "memory-backend-file", 1 << 20, True, "/dev/shm")
+        self.there = LocalDestination(self.destination.as_qmp())
         self.phases = Phases(lambda phase: self.log.append(phase.value))
         self.switchover = Switchover(
             self.source.as_qmp(),
-            self.destination.as_qmp(),
-            pidfd,
+            self.there,
             Plan((block,), (block,), was_running, 1000, (backend,), stop_first=stop_first),
             self.phases,
             cast(Guard, GuardLog(self.log)),
+            ease=self._ease,
             collect_and_send=self._collect_and_send,
             devices_stand=self._devices_stand,
             verify=self._verify,
@@ -181,6 +184,9 @@ class Rig:
         if self.phases.current is not sending:
             self.phases.enter(sending)
         return 0
+
+    async def _ease(self) -> None:
+        self._step("ease")
 
     async def _devices_stand(self) -> None:
         self._step("devices stand")
@@ -198,6 +204,7 @@ class Rig:
 
     async def end(self) -> None:
         await self.switchover.close()
+        await self.there.close()
         await asyncio.gather(*self.source.tasks, *self.destination.tasks, return_exceptions=True)
 
 
@@ -206,7 +213,6 @@ class Process:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(["sleep", "60"])
-        self.pidfd = os.pidfd_open(self.process.pid)
 
     def end(self) -> None:
         self.process.kill()
@@ -218,7 +224,6 @@ def process() -> Iterator[Process]:
     process = Process()
     yield process
     process.end()
-    os.close(process.pidfd)
 
 
 def switched(
@@ -227,7 +232,7 @@ def switched(
     """Run a switchover; return what it returned or raised."""
 
     async def body() -> tuple[Rig, Any]:
-        rig = Rig(process.pidfd, **options)
+        rig = Rig(process.process.pid, **options)
         rig.phases.enter(Phase.ROUNDS)
         arrange(rig)
         try:
@@ -250,6 +255,7 @@ def test_the_order(process: Process) -> None:
         "switchover",
         *["destination: migrate-set-capabilities", "source: migrate-set-capabilities"],
         "source: migrate-set-parameters",
+        "ease",
         "guard: begun",  # before anything is done that could leave the source paused
         *["source: getfd", "source: migrate", "source: is pre-switchover"],
         "stop",

@@ -1,0 +1,203 @@
+"""The one migration that a receiver takes in: what has arrived, and whether its VM may run.
+
+It goes through these states, forward only::
+
+    open → ready → going → running
+      └──────┴────── never ──┘ → unknown
+
+``ready``: all is here, and QEMU lacks only the end of its stream. From there it is one word that
+decides: *go* from the source, or, when somebody asks what became of it on behalf of the source,
+*never*. Whichever comes first holds. A source that is lost before it said *go* is waited for, and
+then given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from migrator.destination import LocalDestination
+from migrator.errors import MigratorError, Unconfirmed
+from migrator.transport.arrivals import Arrivals, Target
+from migrator.transport.connection import Connection
+
+_LINGER_S = 600.0  # to tell a source that was lost at the wrong moment that the VM never ran
+
+
+@dataclass
+class Outcome:
+    """What became of a VM that was received.
+
+    :ivar state: ``running``, ``never``, or ``unknown``
+    :ivar reason: why it does not run
+    """
+
+    state: str
+    reason: str = ""
+    wire_bytes: int = 0
+
+
+class Incoming:
+    """One migration, from its opening on.
+
+    :ivar token: names it
+    :ivar control: the connection on which the source says what to do
+    :ivar state: see above
+    :ivar settled: set with ``running``, ``never`` and ``unknown``
+    :ivar attaching: held while connections for pages are made
+    :param reconnect_s: how long the source tries to reach us again
+    :param silence_s: after which either side takes the other for lost
+    :param finished: called when nobody has to be told anything any more
+    """
+
+    def __init__(
+        self,
+        token: str,
+        targets: list[Target],
+        reconnect_s: float,
+        silence_s: float,
+        *,
+        control: Connection,
+        destination: LocalDestination,
+        say: Callable[[str], None],
+        finished: Callable[[], None],
+    ) -> None:
+        self.token = token
+        self.targets = targets
+        self.silence_s = silence_s
+        self.control = control
+        self.state = "open"
+        self.reason = ""
+        self.arrivals: dict[int, Arrivals] = {}
+        self.settled = asyncio.Event()
+        self.attaching = asyncio.Lock()
+        self._reconnect_s = reconnect_s
+        self._destination = destination
+        self._say = say
+        self._finished = finished
+        self._after_s: float | None = None
+        self._applied: dict[int, tuple[int, int]] = {}
+        self._replaced_bytes = 0
+        self._giving_up: asyncio.Task[None] | None = None
+        self._spoiling: asyncio.Task[None] | None = None
+
+    def tell(self) -> dict[str, Any]:
+        """Its state, for the source, or for an operator."""
+        return {"state": self.state, "reason": self.reason, "after_s": self._after_s}
+
+    def outcome(self) -> Outcome:
+        """The same, for whoever waits for the VM here."""
+        received = self._replaced_bytes + sum(a.bytes for a in self.arrivals.values())
+        return Outcome(self.state, self.reason, received)
+
+    # -- what has arrived -----------------------------------------------------------------------
+
+    def attach(self, index: int, arrivals: Arrivals) -> None:
+        """Let a new connection take the place of one that was hung up."""
+        before = self.arrivals.get(index)
+        if before is not None:
+            self._replaced_bytes += before.bytes
+        self.arrivals[index] = arrivals
+
+    def applied_on(self, index: int, number: int) -> tuple[int, int]:
+        """How far a stream has come: a round, and frames of it.
+
+        A connection on which nothing came was perhaps made again before its predecessor's answer
+        arrived: then that answer still holds.
+        """
+        before = self.arrivals.get(index)
+        if before is None:
+            self._applied[index] = (number, 0)
+        elif before.has_begun:
+            self._applied[index] = (before.round, before.frames)
+        return self._applied[index]
+
+    def spoil(self, problem: Exception) -> None:
+        """What came could not be written, or made no sense: that was it."""
+        if self.state == "open":
+            self._say(f"gave up: {problem}")
+            self._spoiling = asyncio.ensure_future(self.never(str(problem)))
+
+    # -- whether it runs ------------------------------------------------------------------------
+
+    async def go(self, *, run: bool) -> None:
+        """Give QEMU the end: from here on the VM may run. Never raises."""
+        self.state = "going"
+        started = time.monotonic()
+        try:
+            resumed_at = await self._destination.go(run=run)
+        except Unconfirmed as error:
+            self.state, self.reason = "unknown", "; ".join(error.known)
+        except MigratorError as error:
+            self.state, self.reason = "never", str(error)
+        except Exception as error:  # noqa: BLE001 (whatever it is, QEMU may have the end by now)
+            self.state, self.reason = "unknown", repr(error)
+        else:
+            self.state = "running"
+            self._after_s = max(0.0, resumed_at - started) if resumed_at is not None else None
+            self._say("it runs")
+        self.settled.set()
+
+    async def never(self, reason: str) -> None:
+        """It will not run here."""
+        self.state, self.reason = "never", reason
+        self.settled.set()
+        await self._destination.close(reason)
+
+    # -- a source that is lost ------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether the source is lost, and waited for."""
+        return self._giving_up is not None
+
+    def lost(self) -> None:
+        """The connection for messages is gone: wait for the source, but not for ever."""
+        # the source may notice so much later than we did, and only then begins to try
+        wait_s = self._reconnect_s + self.silence_s
+        self._say(f"lost the source ({self.state}); waiting {wait_s:g} s for it")
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the source can have been told, and give up."""
+        self.keep()
+        wait_s = self._reconnect_s + self.silence_s
+        self._giving_up = asyncio.create_task(self._give_up_after(wait_s))
+
+    def keep(self) -> None:
+        """It is back, or need not be waited for."""
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+    async def _give_up_after(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        if self.state == "open":
+            while any(arrivals.is_alive() for arrivals in self.arrivals.values()):
+                # pages still come: the source has not noticed that this connection is gone
+                await asyncio.sleep(self.silence_s)
+            await self.never("the source was lost")
+        elif self.state == "ready":
+            # it may have said go: be there to tell it that it was not heard
+            await self.never("the source was lost before it said go")
+            self._say("it never ran; staying to tell the source so, should it come back")
+            await asyncio.sleep(_LINGER_S)
+        elif self.state == "going":
+            await self.settled.wait()
+        self._finished()
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def hang_up(self) -> None:
+        """Break all connections for pages; nothing is written any more."""
+        for arrivals in self.arrivals.values():
+            arrivals.hang_up()
+
+    def close(self) -> None:
+        """Let go of RAM."""
+        self.hang_up()
+        for target in self.targets:
+            target.close()

@@ -1,0 +1,473 @@
+"""The receiving side of a migration between hosts: one port, one VM, one end that can be named.
+
+:mod:`migrator.incoming` keeps what has arrived and decides whether the VM may run; here are the
+connections, and what is asked on them. ``transport/PROTOCOL.md`` has the order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+from migrator.destination import LocalDestination
+from migrator.errors import LinkError, MigratorError, WireError
+from migrator.incoming import Incoming, Outcome
+from migrator.settle import in_thread, within
+from migrator.side import blocks_of
+from migrator.transport import wire
+from migrator.transport.arrivals import Arrivals, Target
+from migrator.transport.connection import SILENCE_S, Connection
+from tracker.errors import TrackerError
+from tracker.ram import RamBlock
+
+_log = logging.getLogger(__name__)
+_GREETING_S = 10.0
+_PENDING = 64  # connections that have not said yet what they are for
+_STRANGERS = 64  # connections for messages on which nothing was opened
+_RECONNECT_LIMIT_S = 3600.0
+_SILENCE_MIN_S = 0.1
+_BUSY_S = 1.0
+_TELLING_S = 2.0
+
+
+class Receiver:
+    """Lets one VM in.
+
+    :param destination: the QEMU that waits for it
+    :param context: a server's; ``None``: anybody who can connect may send
+    :param peer: who may send, if not everybody with a certificate; see
+        :func:`migrator.tls.check_peer`
+    :param say: called with each step, for people
+    """
+
+    def __init__(
+        self,
+        destination: LocalDestination,
+        context: ssl.SSLContext | None,
+        peer: str | None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._destination = destination
+        self._context = context
+        self._peer = peer
+        self._say = say
+        self._migration: Incoming | None = None
+        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._pending: list[asyncio.Task[None]] = []
+        self._attending: set[asyncio.Task[None]] = set()
+        self._strangers: list[Connection] = []
+
+    # -- connections ----------------------------------------------------------------------------
+
+    async def serve(self, listener: socket.socket) -> Outcome:
+        """Receive one VM; return when it is known what became of it.
+
+        :param listener: listening, not blocking
+        """
+        accepting = asyncio.create_task(self._accept(listener))
+        watching = asyncio.create_task(self._watch_qemu())
+        try:
+            return await asyncio.shield(self._outcome)
+        finally:
+            for task in (accepting, watching, *self._pending, *self._attending):
+                task.cancel()
+            await asyncio.gather(
+                *(accepting, watching, *self._pending, *self._attending), return_exceptions=True
+            )
+            if self._migration is not None:
+                self._migration.keep()
+                await in_thread(self._migration.close)
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the VM may run here by now."""
+        states = ("going", "running", "unknown")
+        return self._migration is not None and self._migration.state in states
+
+    def stop(self) -> None:
+        """Give up, unless the VM runs here already, or was told to."""
+        self._stopping = asyncio.ensure_future(self._stop())
+
+    async def _stop(self) -> None:
+        migration = self._migration
+        if migration is None:
+            if not self._outcome.done():
+                self._outcome.set_result(Outcome("never", "interrupted"))
+            return
+        if migration.state in ("open", "ready"):
+            await migration.never("interrupted at the destination")
+            migration.control.hang_up()
+            await in_thread(migration.hang_up)
+            await asyncio.sleep(_TELLING_S)  # it comes back at once, and is told
+        if migration.state == "going":
+            await migration.settled.wait()
+        self._finish()
+
+    async def _watch_qemu(self) -> None:
+        """Do not wait for a VM that nobody would run. Once one comes, whoever asks QEMU sees it."""
+        while not self._destination.has_ended:
+            await asyncio.sleep(_BUSY_S)
+        if self._migration is None and not self._outcome.done():
+            self._outcome.set_result(Outcome("never", "its QEMU has ended"))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, for one
+                _log.warning("cannot accept a connection: %s", error)
+                await asyncio.sleep(0.1)
+                continue
+            if len(self._pending) >= _PENDING:
+                self._pending.pop(0).cancel()
+            task = asyncio.create_task(self._greet(sock))
+            self._pending.append(task)
+            task.add_done_callback(self._greeted)
+
+    def _greeted(self, task: asyncio.Task[None]) -> None:
+        with contextlib.suppress(ValueError):
+            self._pending.remove(task)
+
+    async def _greet(self, sock: socket.socket) -> None:
+        """Find out what a connection is for. Whoever says nothing sensible is hung up on."""
+        connection: Connection | None = None
+        try:
+            connection = await Connection.accept(
+                sock, self._context, wanted=self._peer, timeout_s=_GREETING_S
+            )
+            said, _ = await within(_GREETING_S, connection.receive(limit=wire.GREETING_LIMIT))
+        except (MigratorError, OSError, asyncio.TimeoutError) as error:
+            _log.info("a connection came to nothing: %s", error)
+            (connection or sock).close()
+            return
+        except BaseException:
+            (connection or sock).close()
+            raise
+        task = asyncio.create_task(self._attend(connection, said))
+        self._attending.add(task)
+        task.add_done_callback(self._attending.discard)
+
+    async def _attend(self, connection: Connection, said: dict[str, Any]) -> None:
+        purposes = {
+            "migrate": self._attend_control,
+            "resume": self._resume,
+            "stream": self._attend_stream,
+            "resolve": self._resolve,
+        }
+        kept = False
+        try:
+            purpose = purposes.get(str(said.get("purpose")))
+            if purpose is None:
+                await connection.send({"no": "wants something unknown"})
+            else:
+                kept = await purpose(connection, said)
+        except (MigratorError, OSError) as error:
+            _log.info("a connection ended: %s", error)
+        finally:
+            if not kept:
+                connection.close()
+
+    def _mine(self, said: dict[str, Any]) -> Incoming:
+        """The migration that is meant.
+
+        :raise LinkError: there is none like this
+        """
+        if self._migration is None or said.get("session") not in (self._migration.token,):
+            raise LinkError("receiver", "no such migration is received here")
+        return self._migration
+
+    # -- the connection for messages ------------------------------------------------------------
+
+    async def _attend_control(self, connection: Connection, _: dict[str, Any]) -> bool:
+        if len(self._strangers) >= _STRANGERS:
+            self._strangers.pop(0).hang_up()
+        self._strangers.append(connection)
+        try:
+            return await self._obey(connection)
+        finally:
+            self._is_known(connection)
+
+    def _is_known(self, connection: Connection) -> None:
+        with contextlib.suppress(ValueError):
+            self._strangers.remove(connection)
+
+    async def _resume(self, connection: Connection, said: dict[str, Any]) -> bool:
+        try:
+            migration = self._mine(said)
+            if migration.state != "open":
+                raise LinkError("receiver", f"cannot go on: {migration.reason or migration.state}")
+        except LinkError as error:
+            await connection.send({"no": error.reason})
+            return False
+        migration.control.hang_up()
+        migration.control = connection
+        connection.lose_after(migration.silence_s)
+        migration.keep()
+        async with migration.attaching:
+            # what is still in their sockets must not be written over what comes from now on
+            await in_thread(migration.hang_up)
+        self._say("the source is back")
+        return await self._obey(connection)
+
+    async def _obey(self, connection: Connection) -> bool:
+        """Say yes; then do what the source asks, one thing after the other."""
+        steps: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
+            "ping": self._ping,
+            "look": self._look,
+            "open": self._open,
+            "prepare": self._prepare,
+            "begin-loading": self._begin_loading,
+            "look-anew": self._look_anew,
+            "load": self._load,
+            "go": self._go,
+            "abort": self._abort,
+            "bye": self._bye,
+        }
+        try:
+            await connection.send({})
+            while True:
+                said, blob = await connection.receive(
+                    blob=wire.STATE_LIMIT if self._controls(connection) else 0
+                )
+                step = steps.get(str(said.get("do")))
+                if step is None:
+                    raise WireError(connection.peer, "asks for something unknown")
+                answer = await self._answer(connection, step, said, blob)
+                await connection.send(answer)
+                if step in (self._abort, self._bye) and answer == {}:
+                    if self._controls(connection):
+                        self._finish()
+                    return False
+        finally:
+            lost = self._controls(connection) and not self._outcome.done()
+            if self._migration is not None and lost:
+                self._migration.lost()
+
+    def _controls(self, connection: Connection) -> bool:
+        return self._migration is not None and self._migration.control is connection
+
+    async def _answer(
+        self,
+        connection: Connection,
+        step: Callable[..., Coroutine[Any, Any, dict[str, Any]]],
+        said: dict[str, Any],
+        blob: bytes,
+    ) -> dict[str, Any]:
+        """What a step came to; while it takes its time, say so."""
+        work = asyncio.ensure_future(step(connection, said, blob))
+        try:
+            while not (await asyncio.wait([work], timeout=_BUSY_S))[0]:
+                await connection.send({"busy": True})
+        except BaseException:
+            if step != self._go:  # which settles what it began
+                work.cancel()
+            raise
+        try:
+            return work.result()
+        except LinkError as error:
+            return {"no": error.reason}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            return {"no": f"cannot make sense of what was asked: {error!r}"}
+        except (MigratorError, TrackerError, OSError) as error:
+            return {"vm": str(error)}
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    async def _ping(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+    async def _look(self, *_: Any) -> dict[str, Any]:
+        if self._migration is not None:
+            raise LinkError("receiver", "another migration is being received here")
+        return {"side": (await self._destination.look()).to_json()}
+
+    async def _open(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
+        if self._migration is not None:
+            raise LinkError("receiver", "another migration is being received here")
+        names = said["blocks"]
+        if not isinstance(names, list) or len(names) > wire.BLOCKS_LIMIT:
+            raise LinkError("receiver", "too many RAM blocks")
+        reconnect_s = min(max(0.0, float(said["reconnect_s"])), _RECONNECT_LIMIT_S)
+        silence_s = float(said.get("silence_s", SILENCE_S))
+        if not _SILENCE_MIN_S <= silence_s <= _RECONNECT_LIMIT_S:
+            raise LinkError("receiver", f"cannot notice a silence of {silence_s:g} s")
+        qmp = self._destination.qmp
+        by_name = {block.name: block for block in await blocks_of(qmp)}
+        wanted = [by_name.pop(str(name)) for name in names]
+        targets = await in_thread(_open_all, qmp.pid, wanted)
+        if self._migration is not None:  # meanwhile
+            _close_all(targets)
+            raise LinkError("receiver", "another migration is being received here")
+        self._migration = Incoming(
+            *(str(said["session"]), targets, reconnect_s, silence_s),
+            control=control,
+            destination=self._destination,
+            say=self._say,
+            finished=self._finish,
+        )
+        self._is_known(control)
+        control.lose_after(self._migration.silence_s)
+        self._say(f"a VM comes from {control.peer}")
+        return {}
+
+    def _from(self, control: Connection, *states: str) -> Incoming:
+        """The migration, if it is this connection's and in one of these states.
+
+        :raise LinkError: it is not
+        """
+        migration = self._migration
+        if migration is None or migration.control is not control:
+            raise LinkError("receiver", "no migration was opened on this connection")
+        if migration.state not in states:
+            raise LinkError("receiver", f"cannot go on: {migration.reason or migration.state}")
+        return migration
+
+    async def _prepare(self, control: Connection, *_: Any) -> dict[str, Any]:
+        self._from(control, "open")
+        await self._destination.prepare()
+        return {}
+
+    async def _begin_loading(self, control: Connection, *_: Any) -> dict[str, Any]:
+        self._from(control, "open")
+        await self._destination.begin_loading()
+        return {}
+
+    async def _look_anew(self, control: Connection, *_: Any) -> dict[str, Any]:
+        for target in self._from(control, "open").targets:
+            await in_thread(target.look_anew)
+        return {}
+
+    async def _load(
+        self, control: Connection, said: dict[str, Any], stream: bytes
+    ) -> dict[str, Any]:
+        migration = self._from(control, "open")
+        head = len(stream) - int(said["end"])
+        if not 0 <= head < len(stream):
+            raise LinkError("receiver", "a device state without an end")
+        await self._destination.load(
+            stream[:head], stream[head:], timeout_s=float(said["timeout_s"])
+        )
+        self._from(control, "open")
+        async with migration.attaching:
+            await in_thread(migration.hang_up)  # nothing comes on them any more
+            self._from(control, "open")
+            migration.state = "ready"
+        self._say("all of it is here; it runs when the source says so")
+        return {}
+
+    async def _go(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
+        migration = self._from(control, "ready")
+        await migration.go(run=bool(said["run"]))
+        return migration.tell()
+
+    async def _abort(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
+        if self._migration is None:
+            return {}
+        migration = self._from(control, "open", "ready", "never")
+        await migration.never(f"the source gave up: {said.get('reason')}")
+        return {}
+
+    async def _bye(self, control: Connection, *_: Any) -> dict[str, Any]:
+        self._from(control, "running", "never", "unknown")
+        return {}
+
+    # -- pages ----------------------------------------------------------------------------------
+
+    async def _attend_stream(self, connection: Connection, said: dict[str, Any]) -> bool:
+        try:
+            migration = self._mine(said)
+            index, number = int(said["stream"]), int(said["round"])
+            if migration.state != "open" or not 0 <= index < wire.STREAMS_LIMIT:
+                raise LinkError("receiver", "takes no stream like this now")
+        except (LinkError, KeyError, TypeError, ValueError, OverflowError) as error:
+            await connection.send({"no": str(error)})
+            return False
+        connection.lose_after(migration.silence_s)
+        async with migration.attaching:  # of two for one stream, one would never be hung up
+            before = migration.arrivals.get(index)
+            if before is not None:
+                await in_thread(before.hang_up)
+            if migration.state != "open":  # by now
+                return False
+            applied = migration.applied_on(index, number)
+            await connection.send({"round": applied[0], "frames": applied[1]})
+            loop = asyncio.get_running_loop()
+            arrivals = Arrivals(
+                *(connection.for_thread(), connection.peer, migration.targets, number),
+                spoilt=lambda why: loop.call_soon_threadsafe(migration.spoil, why),
+            )
+            migration.attach(index, arrivals)
+            arrivals.start()
+        return True
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        migration = self._migration
+        if migration is not None and not self._outcome.done():
+            self._outcome.set_result(migration.outcome())
+
+    async def _resolve(self, connection: Connection, said: dict[str, Any]) -> bool:
+        """Tell what became of the migration; where nothing is decided yet, decide it."""
+        migration, decide = self._migration, said.get("decide")
+        if migration is None or said.get("session") not in ("", migration.token):
+            await connection.send({"state": "waiting", "reason": "no such migration came here"})
+            return False
+        if decide not in (None, "source", "destination"):
+            await connection.send({"no": "decides for neither side"})
+            return False
+        undecided = migration.state in ("open", "ready")
+        connected = undecided and not migration.waits
+        if decide and connected and not said["session"]:
+            await connection.send({"no": "the source is still connected: it is for it to say"})
+            return False
+        if decide == "source" and undecided:
+            await migration.never("given up by who asked what became of it")
+            if not migration.waits:
+                migration.wait()
+            migration.control.hang_up()
+        elif decide == "destination" and migration.state == "ready":
+            migration.keep()
+            await migration.go(run=True)
+        elif decide == "destination" and migration.state not in ("running", "going"):
+            await connection.send({"no": f"it cannot run here: it is {migration.state}"})
+            return False
+        if migration.state == "going":
+            await migration.settled.wait()
+        await connection.send(migration.tell())
+        if decide is not None and not said["session"]:
+            self._finish()  # a source may ask once more, if this answer does not arrive
+        return False
+
+
+def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:
+    with ExitStack() as opened:
+        targets = [opened.enter_context(closing(Target(pid, block))) for block in blocks]
+        opened.pop_all()
+    return targets
+
+
+def _close_all(targets: Sequence[Target]) -> None:
+    for target in targets:
+        target.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, not blocking.
+
+    :raise OSError: the address is not this host's, or the port is taken
+    """
+    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    with contextlib.suppress(OSError):
+        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0][0]
+    dual = family == socket.AF_INET6 and not host
+    listener = socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=dual)
+    listener.setblocking(False)
+    return listener

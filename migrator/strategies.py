@@ -1,0 +1,96 @@
+"""The ways to notice what a VM writes, by the names that a watch has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrator.findings import Finding
+from migrator.preflight import choose_tracker
+from tracker.coarse import Compared
+from tracker.contenthash import ContentHash
+from tracker.pagemap import soft_dirty_missing
+from tracker.ram import RamBlock
+from tracker.softdirty import SoftDirty
+from tracker.source import DirtySource
+from tracker.uffd import UffdAsync
+from tracker.uffdsync import CHUNK, UffdSync
+
+COARSE = "coarse"
+STRATEGIES = (UffdAsync.name, UffdSync.name, SoftDirty.name, ContentHash.name, COARSE)
+
+_READING = {
+    ContentHash.name: "content-hash reads all memory that holds data at each look, twice a second "
+    "or as often as it can; a write that leaves a page as it was is none",
+    COARSE: "coarse reads all memory that holds data once, then the chunks of it that are written; "
+    "a write that leaves a page as it was is none",
+}
+
+
+def choose_strategy(
+    wanted: str, blocks: Sequence[RamBlock]
+) -> tuple[str, list[str], list[Finding]]:
+    """Find out whether a strategy can be had here, by trying it where the kernel has a say.
+
+    :param wanted: one of :data:`STRATEGIES`, or ``auto``: the first of the first two that works
+    :return: which it is, what has to be known about it, and why it cannot be had
+    """
+    fileless = [block.name for block in blocks if not block.has_file]
+    if fileless and wanted == "auto":
+        wanted = UffdAsync.name
+    if fileless and wanted != UffdAsync.name:
+        return "", [], [_no_file(wanted, fileless)]
+    if wanted == SoftDirty.name:
+        return wanted, [], _soft_dirty_findings()
+    if wanted == ContentHash.name:
+        return wanted, [_READING[wanted]], []
+    if wanted == COARSE:
+        _, unable = choose_tracker(UffdSync.name)
+        return wanted, [_READING[wanted]], unable
+    name, unable = choose_tracker(wanted)
+    return name, [], unable
+
+
+def cpu_source(
+    strategy: str,
+    pid: int,
+    blocks: Sequence[RamBlock],
+    *,
+    chunk: int = CHUNK,
+    copied: bool = False,
+) -> DirtySource:
+    """Make the source of a strategy.
+
+    :param chunk: bytes that a fault opens, where faults are answered
+    :param copied: whether somebody copies the pages, and tells those that compare with copies
+    """
+    if strategy == UffdAsync.name:
+        return UffdAsync(pid, blocks)
+    if strategy == SoftDirty.name:
+        return SoftDirty(pid, blocks)
+    if strategy == ContentHash.name:
+        return ContentHash(pid, blocks, copied=copied)
+    source = UffdSync(pid, blocks, chunk=chunk)
+    return source if strategy == UffdSync.name else Compared(source, pid, blocks, copied=copied)
+
+
+def _no_file(wanted: str, fileless: Sequence[str]) -> Finding:
+    return Finding(
+        "strategy",
+        f"{wanted} needs RAM that is a shared file, which {', '.join(map(repr, fileless))} is not",
+        f"take --strategy {UffdAsync.name}, which does not; or start QEMU with "
+        "memory-backend-file,share=on",
+    )
+
+
+def _soft_dirty_findings() -> list[Finding]:
+    missing = soft_dirty_missing()
+    if not missing:
+        return []
+    return [
+        Finding(
+            "strategy",
+            f"{SoftDirty.name}: {missing}",
+            f"take --strategy {UffdAsync.name} (Linux 6.7), {UffdSync.name} (5.19) or "
+            f"{ContentHash.name} (any); or a kernel with CONFIG_MEM_SOFT_DIRTY, as Debian's",
+        )
+    ]
