@@ -61,9 +61,9 @@ def once(phase: Phase, action: Callable[[], object]) -> Watch:
     return watch
 
 
-async def move(vms: Pair, watch: Watch = lambda _: None) -> Report:
-    """Migrate the VM; check all that holds for every migration of a running one."""
-    report = await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED, watch=watch)
+async def move(vms: Pair, watch: Watch = lambda _: None, options: Options = VERIFIED) -> Report:
+    """Migrate the VM, verifying it; check all that holds for every migration of a running one."""
+    report = await migrate(vms.source.qmp, vms.destination.qmp, options, watch=watch)
     assert report.status == "completed"
     assert report.mismatched_pages == 0
     assert report.verified_pages
