@@ -25,8 +25,8 @@ from migrator.guest import PAGE_SIZE, Workload
 from migrator.record import Options, Recorded, record
 from migrator.trace import numbers, read, united
 from tests.live.moving import Ram, move
-from tests.live.test_watch import MIGRATOR, OTHER_PAGES, SPOT, STEADY, with_source
 from tests.live.vms import MIB, Machine, Pair
+from tests.live.watching import MIGRATOR, OTHER_PAGES, SPOT, STEADY, with_source
 
 pytestmark = pytest.mark.live
 

@@ -134,8 +134,8 @@ class Way:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            to_near.close()
             await self._end(far, to_far)
+            to_near.close()  # which makes the source come back: what is not read by then is dropped
 
     async def _end(self, far: asyncio.StreamReader, to_far: asyncio.StreamWriter) -> None:
         """Close with nothing unread: otherwise the receiver would lose what it has not read yet."""
