@@ -33,6 +33,7 @@ from tracker.abi import fuse
 SECTOR = 512
 TIMEOUT_S = 60.0
 
+_HELD_S = 2 * TIMEOUT_S  # a test that waits for itself ends all the same
 _MOUNT_POINT = "/tmp/slow"  # as the server sees it
 _ROOT = 1  # inode number
 _MINOR = 31
@@ -108,7 +109,11 @@ class SlowDisk:
         self._answer()  # it is mounted
 
     def hold(self) -> None:
-        """From now on, leave every read in flight until it is released, also those that are."""
+        """From now on, leave every read in flight until it is released, also those that are.
+
+        Two minutes later they are answered all the same. Whoever opens the file without
+        ``O_DIRECT`` waits for those that came through the page cache (Linux: ``fuse_open``).
+        """
         self._tell("hold")
 
     def delay(self, each_ms: float) -> None:
@@ -222,8 +227,9 @@ class _Server:
         if command == "delay":
             (self._delay_s,) = arguments
         elif command == "hold":
-            self._delay_s = inf
-            self._in_flight = {unique: (read, inf) for unique, (read, _) in self._in_flight.items()}
+            self._delay_s = _HELD_S
+            due = time.monotonic() + _HELD_S
+            self._in_flight = {unique: (read, due) for unique, (read, _) in self._in_flight.items()}
         self._report()
         if command == "release":
             self._answer_what_is_due(inf)

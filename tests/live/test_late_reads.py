@@ -211,9 +211,12 @@ def test_through_the_page_cache_nothing_is_lost() -> None:
         ram = reads.ram
         ram.start()
         ram.take_everything()
-        reads.disk.hold()
-        # Empties the file's page cache, which otherwise has it all (Linux: fs/fuse/file.c).
+        # Opening it empties the file's page cache, which otherwise has it all (Linux:
+        # fs/fuse/file.c), and waits for whoever reads meanwhile: nothing is held yet, and the guest
+        # takes seconds to fill the cache again.
+        reads.disk.delay(200)
         os.close(os.open(reads.disk.path, os.O_RDONLY))
+        reads.disk.hold()
         reads.disk.await_read()
         ram.collect()
         await reads.stop()
