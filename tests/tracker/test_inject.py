@@ -186,7 +186,7 @@ class TestNothingIsLeft:
     def test_when_the_caller_is_killed(self, start: Start, mode: str) -> None:
         target = start(mode)
         found_at_work = 0
-        for _ in range(500):
+        for _ in range(200):
             if found_at_work == 20:
                 break
             caller = os.fork()
@@ -196,7 +196,10 @@ class TestNothingIsLeft:
                     signal.pause()
                 finally:
                     os._exit(1)
-            time.sleep(random.uniform(0, 0.12))
+            appears_by = time.monotonic() + 1
+            while not injectors(target.pid) and time.monotonic() < appears_by:
+                pass  # it lives for some 20 ms
+            time.sleep(random.uniform(0, 0.02))
             os.kill(caller, signal.SIGKILL)
             os.waitpid(caller, 0)
             found_at_work += bool(injectors(target.pid))
