@@ -16,14 +16,8 @@ import signal
 import socket
 import time
 
-from tracker.abi import ptrace
-from tracker.abi.ptrace import Request
 from tracker.errors import InjectionError, TargetGone
-from tracker.refusal import proc_status, why_refused
-from tracker.syscalls import ptrace_request
-
-_WALL = 0x40000000  # wait for any kind of child; Python's os module lacks it
-_LOOK_S = 0.0002
+from tracker.stops import await_stops, seize
 
 
 def stop_all(pid: int, deadline: float) -> set[int]:
@@ -39,8 +33,8 @@ def stop_all(pid: int, deadline: float) -> set[int]:
         new = _threads(pid) - stopped
         if not new:  # and none of those that stand can make another
             break
-        seized = {tid for tid in new if _seize(pid, tid)}
-        stopped |= _await(pid, seized, deadline)
+        seized = {tid for tid in new if seize(pid, tid)}
+        stopped |= await_stops(pid, seized, deadline)
         if new - seized and time.monotonic() > deadline:
             raise InjectionError(pid, "its threads come and go")
     if not stopped:
@@ -55,48 +49,6 @@ def _threads(pid: int) -> set[int]:
         return {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
     except (FileNotFoundError, ProcessLookupError):
         raise TargetGone(pid, "there is no such process") from None
-
-
-def _seize(pid: int, tid: int) -> bool:
-    """Begin to stop a thread; false if it has ended."""
-    try:
-        ptrace_request(Request.SEIZE, tid)
-        ptrace_request(Request.INTERRUPT, tid)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        try:
-            status = proc_status(tid)
-            if status["State"][0] in "ZX":
-                return False
-            reason = f"thread {tid} ({status['Name']}): {why_refused(tid)}"
-        except (OSError, KeyError):
-            return False
-        raise InjectionError(pid, reason) from None
-    return True
-
-
-def _await(pid: int, threads: set[int], deadline: float) -> set[int]:
-    """Wait until all of them have stopped; return those that did not end instead."""
-    waiting, stopped = set(threads), set()
-    while waiting:
-        try:
-            tid, status = os.waitpid(-1, os.WNOHANG | _WALL)
-        except ChildProcessError:
-            raise TargetGone(pid, "it ended") from None
-        if not tid:
-            if time.monotonic() > deadline:
-                raise InjectionError(pid, f"its thread {min(waiting)} does not stop")
-            time.sleep(_LOOK_S)
-        elif not os.WIFSTOPPED(status):
-            waiting.discard(tid)
-            stopped.discard(tid)
-        elif status >> 16 == ptrace.PTRACE_EVENT_STOP:
-            waiting.discard(tid)
-            stopped.add(tid)
-        else:  # a signal on its way: deliver it, the stop comes after it
-            ptrace_request(Request.CONT, tid, data=os.WSTOPSIG(status))
-    return stopped
 
 
 def _kernel_helper(pid: int) -> str:
