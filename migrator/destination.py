@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from migrator.devicestate import Outgoing
 from migrator.errors import MigratorError, Unconfirmed, VmError
 from migrator.preflight import Plan
 from migrator.qmp import Event, Qmp, is_alive
-from migrator.rollback import DESTINATION_CAPABILITIES
+from migrator.settings import DESTINATION_CAPABILITIES, Settings, put_back, read_settings
+from migrator.settle import settle
 from migrator.side import Side, look_at
+from migrator.standing import Standing
 from migrator.transport import Transport
 from migrator.transport.local import LocalCopy
 
@@ -49,9 +52,12 @@ class Destination(Protocol):
     async def load(self, head: bytes, end: bytes, *, timeout_s: float) -> None:
         """Load all of the device state but its end, which is kept; return when it was taken in."""
 
-    async def go(self, *, run: bool) -> float | None:
+    async def go(self, *, run: bool, timeout_s: float = _RESUME_S) -> float | None:
         """Give QEMU the end, from which on it may run; let it run, if ``run``.
 
+        A cancellation is no way out: it only cuts the wait for QEMU short.
+
+        :param timeout_s: how long to wait for QEMU before it is asked, and ended if it does not run
         :return: when its guest began to run, in seconds of this host's monotonic clock; ``None`` if
             it did not run, or if that is not known
         :raise VmError: it does not run, and never will
@@ -73,6 +79,9 @@ class LocalDestination:
         self._pidfd = os.pidfd_open(qmp.pid)
         self._outgoing: Outgoing | None = None
         self._end = b""
+        self._before: Settings | None = None
+        self._changed = False
+        self._standing = Standing(qmp, qmp.mark())
 
     @property
     def has_ended(self) -> bool:
@@ -81,7 +90,10 @@ class LocalDestination:
 
     async def look(self) -> Side:
         """What it is; nothing is changed."""
-        return await look_at(self.qmp)
+        side = await look_at(self.qmp)
+        if not side.findings:
+            self._before = await read_settings(self.qmp)
+        return side
 
     def transport(self, source_pid: int, plan: Plan) -> Transport:
         """A copy from file to file."""
@@ -89,14 +101,32 @@ class LocalDestination:
 
     def ward(self) -> dict[str, Any]:
         """How a guard finds it."""
-        return {"qmp": os.path.abspath(self.qmp.path), "pid": self.qmp.pid}
+        before = self._before or Settings()
+        return {
+            "qmp": os.path.abspath(self.qmp.path),
+            "pid": self.qmp.pid,
+            "settings": asdict(before),
+        }
 
     async def prepare(self) -> None:
         """Set it up for device state without RAM."""
+        if self._before is None:
+            self._before = await read_settings(self.qmp)
+        self._changed = True
         await self.qmp.set_capabilities(DESTINATION_CAPABILITIES)
+
+    async def put_back(self) -> None:
+        """Undo what :meth:`prepare` did. May be called again; never raises."""
+        if self._changed and self._before is not None and not self.has_ended:
+            self._changed = False
+            try:
+                await put_back(self.qmp, self._before)
+            except VmError as error:  # it has ended, most likely
+                _log.info("the destination is not as it was before: %s", error)
 
     async def begin_loading(self) -> None:
         """Let it expect device state."""
+        self._standing = Standing(self.qmp, self.qmp.mark())
         self._outgoing = await Outgoing.begin(self.qmp)
 
     async def load(self, head: bytes, end: bytes, *, timeout_s: float) -> None:
@@ -106,38 +136,59 @@ class LocalDestination:
         self._end = end
         await self._outgoing.load(head, timeout_s=timeout_s)
 
-    async def go(self, *, run: bool) -> float | None:
+    async def go(self, *, run: bool, timeout_s: float = _RESUME_S) -> float | None:
         """See :meth:`Destination.go`."""
-        assert self._outgoing is not None
+        if self._outgoing is None:
+            raise VmError("destination", "was not told to expect device state")
+        await self._check_waits()
         mark = self.qmp.mark()
         try:
-            await self._outgoing.finish(self._end, timeout_s=_RESUME_S)
-            resumed = await self._running(mark, run)
-        except (MigratorError, OSError) as error:
-            _log.warning("the destination did not confirm: %s", error)
-            if not await self._runs_after_all(error, mark):
-                raise VmError("destination", f"did not run: {error}") from error
-            resumed = None
+            await self._outgoing.finish(self._end, timeout_s=timeout_s)
+            resumed = await self._running(mark, run, timeout_s)
+        except (MigratorError, OSError, asyncio.CancelledError) as error:
+            _log.warning("the destination did not confirm: %s", error or "interrupted")
+            if not await settle(self._runs_after_all(error, mark), too_late=True):
+                raise VmError("destination", f"did not run: {error or 'interrupted'}") from error
+            resumed = None  # when is not known
+        await settle(self.put_back(), too_late=True)
         return resumed.at if resumed else None
 
-    async def _running(self, mark: int, run: bool) -> Event | None:
+    async def _check_waits(self) -> None:
+        """Check that it has all but the end, and that nothing has changed it since.
+
+        :raise NotStanding: another client has reset it, or let it run
+        """
+        try:
+            await self._standing.check(("inmigrate",))
+        except asyncio.CancelledError as error:  # it lacks the end: it will not run
+            raise VmError("destination", "did not run: interrupted") from error
+
+    async def _running(self, mark: int, run: bool, timeout_s: float) -> Event | None:
         def wanted(event: Event) -> bool:
             ended = event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
             return event.name == "RESUME" or ended
 
-        event = await self.qmp.wait_for(wanted, since=mark, timeout_s=_RESUME_S)
+        event = await self.qmp.wait_for(wanted, since=mark, timeout_s=timeout_s)
         if event.data.get("status") == "failed":
             raise VmError("destination", "refused the end of the device state")
+        if event.name == "RESUME":
+            return event if run else None
+        # RESUME comes before "completed": it was started with -S, or the source was paused, or its
+        # images cannot be activated, of which QEMU 10 tells by its state alone
+        if await self.qmp.run_state() == "inmigrate":
+            raise VmError(
+                "destination",
+                "has all of the VM and does not start it: an image cannot be opened for writing, "
+                "as another process has locked it, most likely",
+            )
         if not run:
             return None
-        if event.name != "RESUME":  # it was started with -S, or the source was paused
-            await self.qmp.execute("cont")
-            event = await self.qmp.wait_for(
-                lambda e: e.name == "RESUME", since=mark, timeout_s=_RESUME_S
-            )
-        return event
+        await self.qmp.execute("cont")
+        return await self.qmp.wait_for(
+            lambda e: e.name == "RESUME", since=mark, timeout_s=timeout_s
+        )
 
-    async def _runs_after_all(self, error: Exception, mark: int) -> bool:
+    async def _runs_after_all(self, error: BaseException, mark: int) -> bool:
         """Whether the destination runs (true) or is known never to run (false).
 
         It is stopped first, or it could start between being asked and being ended. One that has
@@ -172,6 +223,7 @@ class LocalDestination:
         """Close the stream: a destination that lacks its end fails. May be called again."""
         if self._outgoing is not None:
             self._outgoing.close()
+        await self.put_back()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -21,6 +21,10 @@ from migrator.settle import within
 _FD_NAME = "qemu-migrator"
 _VM_EOF = 0x00  # QEMU: migration/savevm.h, QEMU_VM_EOF
 _VM_VMDESCRIPTION = 0x06
+# QEMU: migration/savevm.c, save_section_header; migration/global_state.c, vmstate_globalstate
+_GLOBAL_STATE = bytes([len(b"globalstate")]) + b"globalstate"
+_INSTANCE_AND_VERSION = 8  # bytes: two big-endian uint32_t
+_RUN_STATE_LENGTH = 100
 
 
 def split_at_end(stream: bytes) -> tuple[bytes, bytes]:
@@ -43,6 +47,21 @@ def split_at_end(stream: bytes) -> tuple[bytes, bytes]:
     if stream and stream[-1] == _VM_EOF:  # machines with suppress-vmdesc=on
         return stream[:-1], stream[-1:]
     raise ValueError("the migration stream of the source has no end")
+
+
+def saved_run_state(stream: bytes) -> str | None:
+    """The run state that the source had when its own migration stopped it.
+
+    A big-endian ``uint32_t``, the size, and 100 bytes of text that ends with a zero byte.
+
+    :return: such as ``running``; ``None`` where the machine does not save it
+    """
+    at = stream.rfind(_GLOBAL_STATE)
+    if at < 0:
+        return None
+    at += len(_GLOBAL_STATE) + _INSTANCE_AND_VERSION + 4
+    text, end, _ = stream[at : at + _RUN_STATE_LENGTH].partition(b"\0")
+    return text.decode("ascii") if end and text.isascii() and text else None
 
 
 class Incoming:

@@ -8,7 +8,9 @@
     ├── VmError             a QEMU that we started, or its QMP, failed     exit code 1
     │   ├── QmpUnreachable  nobody answers at that socket
     │   ├── CommandFailed   QEMU refused a command
-    │   └── Unconfirmed     it may run by now, or not
+    │   ├── Unconfirmed     it may run by now, or not
+    │   ├── NotStanding     it ran, was reset or ended while it was handed over
+    │   └── StoodTooLong    the time for which the guest may stand was over
     ├── LinkError           the other host, or the way to it, failed       exit code 1
     │   ├── LinkLost        the connection broke, or nothing comes
     │   ├── WireError       what came makes no sense
@@ -17,6 +19,7 @@
     └── MigrationError      it began, and did not end well
         ├── Aborted         given up on purpose; the source runs           exit code 1
         ├── Failed          something broke; the source runs               exit code 1
+        ├── GuestEnded      the guest ended by itself: no side has it      exit code 5
         └── Undecided       which side may run is for the operator to say  exit code 4
 
 Errors carry data: see the attributes of each. Errors of :mod:`tracker` do not pass through a
@@ -141,6 +144,25 @@ class Unconfirmed(VmError):
         self.known = tuple(known)
 
 
+class NotStanding(VmError):
+    """A VM that has to stand while it is handed over was resumed, reset or ended meanwhile."""
+
+
+class StoodTooLong(VmError):
+    """The guest was given up for, as it had stood for as long as it may.
+
+    :ivar limit_s: that time
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            "source",
+            f"its guest has stood for {limit_s:g} s, the most that is allowed "
+            "(--max-standstill): it goes on here",
+        )
+        self.limit_s = limit_s
+
+
 class LinkError(MigratorError):
     """The other host said no, or cannot be reached.
 
@@ -211,6 +233,19 @@ class Aborted(MigrationError):
 
 class Failed(MigrationError):
     """Something broke before the point of no return. The source runs, untracked."""
+
+
+class GuestEnded(MigrationError):
+    """The guest ended while it was moved: powered off, panicked, or ended by another client.
+
+    :ivar end: QEMU's word for how it ended, such as ``guest-shutdown``
+    """
+
+    exit_code = 5
+
+    def __init__(self, phase: str, reason: str, end: str) -> None:
+        super().__init__(phase, reason)
+        self.end = end
 
 
 class Undecided(MigrationError):

@@ -4,13 +4,16 @@ Tracking needs nobody: the kernel drops it with the process. But from the moment
 migration is started, the source waits, paused, for an answer of ours. The guard learns of each step
 over a pipe; when the pipe closes before the last word, it lets the one side run that may::
 
-    begun       the source may be stopped; the destination cannot run   → the source goes on
+    begun       all may be changed, the source may be stopped, the
+                destination cannot run                                  → the source goes on
     over        it runs on: what was begun is over                      → nothing to do
     committed   the destination may have all it needs                   → it runs, or proves dead
     done        nothing to do
 
+In each case, the capabilities and parameters of both QEMUs are put back.
+
 It is started before the switchover, in a session of its own, so that neither Ctrl-C nor the killing
-of a process group reaches it.
+of a process group reaches it. A migration whose guard has died is given up.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,9 +29,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from migrator.errors import MigratorError
+from migrator.errors import MigratorError, VmError
 from migrator.qmp import Qmp, is_alive
 from migrator.rollback import Before, bring_back
+from migrator.settings import Settings, put_back
+
+_log = logging.getLogger(__name__)
 
 _PATIENCE_S = 30.0
 
@@ -46,8 +53,8 @@ class Wards:
     """The two VMs a guard looks after.
 
     :ivar source: the source's QMP socket
-    :ivar destination: ``qmp`` and ``pid`` of a destination on this host; of one on another host,
-        what :func:`migrator.remote.outcome` needs
+    :ivar destination: ``qmp``, ``pid`` and ``settings`` of a destination on this host; of one on
+        another host, the arguments of :func:`migrator.remote.outcome`
     """
 
     source: str
@@ -70,11 +77,18 @@ class Guard:
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
-        os.write(self._process.stdin.fileno(), line.encode() + b"\n")
+        try:
+            os.write(self._process.stdin.fileno(), line.encode() + b"\n")
+        except OSError as error:
+            raise MigratorError(
+                f"the guard, process {self._process.pid}, has ended: without it, a migration that "
+                "is killed leaves the guest paused"
+            ) from error
 
     def begun(self, running: bool, *, by_stop: bool = False) -> None:
-        """QEMU's own migration is about to be started, or the guest to be stopped.
+        """Settings are about to be changed, QEMU's own migration started, or the guest stopped.
 
+        :raise MigratorError: the guard has ended; likewise :meth:`committed`
         :param running: whether the guest runs until then
         :param by_stop: it is we who stop it, with the command ``stop``
         """
@@ -82,7 +96,8 @@ class Guard:
 
     def over(self) -> None:
         """What was begun is over, and the source runs on."""
-        self._say("over")
+        with contextlib.suppress(MigratorError):
+            self._say("over")
 
     def committed(self) -> None:
         """The end of the stream is about to be sent to the destination."""
@@ -96,7 +111,7 @@ class Guard:
     def dismiss(self) -> None:
         """All is decided: let the guard end."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(MigratorError):
             self._say("done")
         self._process.stdin.close()
         self._process.wait()
@@ -111,7 +126,7 @@ def main() -> int:
     if not first:
         return 0
     told: dict[str, Any] = json.loads(first)
-    wards = Wards(**{**told, "before": Before(**told["before"])})
+    wards = Wards(**{**told, "before": _before(told["before"])})
     destination_pidfd = -1
     with contextlib.suppress(ProcessLookupError):
         if "pid" in wards.destination:
@@ -133,22 +148,45 @@ def main() -> int:
     return 0
 
 
-async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
-    if step == "committed":
-        if "qmp" in wards.destination:
-            runs = await _destination_runs(wards, destination_pidfd)
-        else:
-            from migrator.remote import outcome
+def _before(told: dict[str, Any]) -> Before:
+    return Before(**{**told, "settings": Settings(**told["settings"])})
 
-            runs = await outcome(wards.destination, patience_s=_PATIENCE_S)
-        if runs:
-            return "the destination runs"
-    source = await Qmp.connect("source", wards.source, timeout_s=_PATIENCE_S)
+
+async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
     try:
-        state = await bring_back(source, wards.before)
+        if step == "committed" and await _runs_there(wards, destination_pidfd):
+            await _put_back("source", wards.source, wards.before.settings)
+            return "the destination runs"
+        source = await Qmp.connect("source", wards.source, timeout_s=_PATIENCE_S)
+        try:
+            state = await bring_back(source, wards.before)
+        finally:
+            await source.close()
+        return f"the source is {state}"
     finally:
-        await source.close()
-    return f"the source is {state}"
+        if destination_pidfd >= 0 and is_alive(destination_pidfd):
+            settings = Settings(**wards.destination["settings"])
+            await _put_back("destination", wards.destination["qmp"], settings)
+
+
+async def _runs_there(wards: Wards, destination_pidfd: int) -> bool:
+    if "qmp" in wards.destination:
+        return await _destination_runs(wards, destination_pidfd)
+    from migrator.remote import outcome
+
+    return await outcome(wards.destination, patience_s=_PATIENCE_S)
+
+
+async def _put_back(name: str, path: str, before: Settings) -> None:
+    """Put settings back; a QEMU that has ended, or is about to, does not need it."""
+    try:
+        qmp = await Qmp.connect(name, path, timeout_s=1.0)
+        try:
+            await put_back(qmp, before)
+        finally:
+            await qmp.close()
+    except VmError as error:
+        _log.info("not as it was before: %s", error)
 
 
 async def _destination_runs(wards: Wards, destination_pidfd: int) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from migrator.account import Account
+from migrator.budget import Budget, standstill_s
 from migrator.decisions import policy_of
 from migrator.destination import Destination, LocalDestination
 from migrator.downtime import Fixed
@@ -17,6 +18,7 @@ from migrator.errors import (
     Aborted,
     ConfigError,
     Failed,
+    GuestEnded,
     MigrationError,
     MigratorError,
     Undecided,
@@ -32,9 +34,11 @@ from migrator.remote import RemoteDestination
 from migrator.report import Progress, Report
 from migrator.rollback import Before, bring_back, remember
 from migrator.rounds import Rounds
+from migrator.settings import put_back
 from migrator.settle import in_thread, settle
 from migrator.slowing import Slowing
 from migrator.sources import Sources
+from migrator.standing import ENDED_STATES, GuestEnd, guest_end, stopped_by_io_error
 from migrator.strategies import cpu_source
 from migrator.switchover import HandedOver, Switchover, stop_guest
 from migrator.throttling import Throttling
@@ -58,6 +62,8 @@ class Options:
         would not converge otherwise: 1 to 99; with 0 they never are
     :ivar memory_only: rehearse: do everything but the hand-over, verify, and let the source go on
     :ivar dirty_map: have in the report where memory was dirty
+    :ivar standstill_s: the most seconds for which the guest may stand, after which it goes on at
+        the source; ``None``: see :func:`migrator.budget.standstill_s`
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -68,6 +74,7 @@ class Options:
     fixed: Fixed = field(default_factory=Fixed)
     throttle_percent: int = 0
     dirty_map: bool = False
+    standstill_s: float | None = None
 
 
 async def migrate(
@@ -90,6 +97,7 @@ async def migrate(
     :raise LinkError: the other host does not answer, or is not the one that was expected
     :raise Aborted: given up; the source runs. The report is in the error, as in the next two
     :raise Failed: something broke; the source runs
+    :raise GuestEnded: the guest ended meanwhile; neither side has it
     :raise Undecided: which side may run is not known
     """
     if isinstance(destination, str) and os.path.realpath(source) == os.path.realpath(destination):
@@ -158,10 +166,17 @@ class Migration:
                 tracker=self._options.tracker,
                 throttles=self._options.throttle_percent > 0,
             )
-            before = await remember(self._source, plan.was_running)
+            self._began = self._source.mark()
+            self._before = before = await remember(self._source, plan.was_running)
         except (TrackerError, OSError) as error:
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
+        if before.settings.capabilities.get("x-ignore-shared"):
+            self._report.warnings.append(
+                "the source has the capability x-ignore-shared on, as a migration that was killed "
+                "leaves it: its snapshots (savevm) would hold no RAM; migrator resolve --source "
+                "puts it back"
+            )
         self._report.memory_only = self._options.memory_only
         self._report.policy = self._options.policy
         self._report.downtime_limit_ms = self._options.limits.downtime_ms
@@ -200,6 +215,7 @@ class Migration:
                 guard,
                 ease=slowing.ease,
                 collect_and_send=self._rounds.last,
+                compare_and_send=self._compare_and_send,
                 devices_stand=self._sources.stop_devices,
                 verify=self._verify,
             )
@@ -221,6 +237,7 @@ class Migration:
             await settle(asyncio.to_thread(end), too_late=True)
         self._report.downtime_ms = handed_over.downtime_ms
         self._report.device_state_bytes = handed_over.device_state_bytes
+        self._report.warnings += handed_over.warnings
         self._account.finish("completed", "")
         return self._report
 
@@ -234,10 +251,23 @@ class Migration:
             await self._rounds.copy_everything()
             self._phases.enter(Phase.ROUNDS)
             await self._rounds.until_converged()
-            return await _not_cancelled_once_committed(switchover)
+            return await _not_cancelled_once_committed(switchover, self._budget())
         except BaseException as error:
             await settle(self._roll_back(switchover, before, error))
             raise AssertionError("a rollback raises") from error
+
+    def _budget(self) -> Budget:
+        options, plan = self._options, self._plan
+        if options.standstill_s is not None:
+            return Budget(options.standstill_s)
+        compares = options.verify or options.memory_only or plan.stop_first or plan.direct_io
+        return Budget(
+            standstill_s(
+                options.limits.downtime_ms,
+                self._report.predicted_downtime_ms or 0.0,
+                plan.guest_bytes if compares else 0,
+            )
+        )
 
     async def _attach(self) -> None:
         self._phases.enter(Phase.ATTACH)
@@ -264,6 +294,9 @@ class Migration:
         if await stop_guest(self._source):
             await self._source.execute("cont")
 
+    async def _compare_and_send(self) -> None:
+        await self._rounds.last_by_comparison(await self._sources.data_of_ended())
+
     async def _verify(self) -> None:
         if not (self._options.verify or self._options.memory_only):
             return
@@ -284,13 +317,21 @@ class Migration:
             return None
         return int(ram.get("transferred", 0))
 
+    async def _put_back(self) -> None:
+        """The source will not run any more; a snapshot of it is to have RAM all the same."""
+        try:
+            await put_back(self._source, self._before.settings)
+        except VmError as error:  # it may have been ended already
+            _log.info("the source is not as it was before: %s", error)
+
     # -- the ends -------------------------------------------------------------------------------
 
     async def _let_go(self, switchover: Switchover | Rehearsal, reason: str = "") -> None:
         """Close the streams, unprotect the source, unmap both sides."""
         await switchover.close()
-        if self._phases.current is Phase.FINISH and not self._options.memory_only:
+        if not self._options.memory_only and self._phases.current is not Phase.ROLLBACK:
             self._report.qemu_ram_transferred = await self._ram_that_qemu_sent()
+            await self._put_back()
         await self._sources.stop()
         await self._destination.close(reason)
         await self._transport.close()
@@ -307,34 +348,58 @@ class Migration:
         if isinstance(cause, Undecided):
             await self._let_go(switchover, str(cause))
             raise cause
-        if switchover.was_running is not None:
-            before = replace(before, was_running=switchover.was_running)
-        before = replace(before, paused_by_us=switchover.paused_by_us or self._draining)
+        before = self._before_it_was_stopped(switchover, before)
         self._phases.enter(Phase.ROLLBACK)
         await switchover.close()
         try:
-            await bring_back(self._source, before)
+            state = await bring_back(self._source, before)
         except VmError as error:
+            if end := guest_end(self._source):
+                raise GuestEnded(
+                    phase, f"{end.words()}; it does not run anywhere", end.reason
+                ) from cause
             known = [f"it was given up because {cause}", str(error), "the destination was not run"]
             raise Undecided(phase, "the source could not be brought back", known) from cause
         finally:
             await self._let_go(switchover, str(cause) or "interrupted")
+        if state in ENDED_STATES:
+            end = guest_end(self._source) or GuestEnd(state)
+            raise GuestEnded(
+                phase, f"{end.words()}; the source is {state!r}", end.reason
+            ) from cause
+        as_it_is = "" if state == "running" else f"; the source is {state!r}, and was not let run"
         if isinstance(cause, MigrationError):
+            cause.reason += as_it_is
             raise cause
         if isinstance(cause, asyncio.CancelledError):
-            raise Aborted(phase, "interrupted") from cause
+            raise Aborted(phase, "interrupted" + as_it_is) from cause
         if isinstance(cause, (MigratorError, TrackerError, OSError, ValueError)):
-            raise Failed(phase, str(cause)) from cause
+            raise Failed(phase, str(cause) + as_it_is) from cause
         raise cause
 
+    def _before_it_was_stopped(self, switchover: Switchover | Rehearsal, before: Before) -> Before:
+        """The source as the rollback has to leave it: a guest stopped by others stays stopped."""
+        was_running = before.was_running
+        if switchover.was_running is not None:
+            was_running = switchover.was_running
+        if stopped_by_io_error(self._source, self._began):
+            was_running = False
+        paused_by_us = switchover.paused_by_us or self._draining
+        return replace(before, was_running=was_running, paused_by_us=paused_by_us)
 
-async def _not_cancelled_once_committed(switchover: Switchover | Rehearsal) -> HandedOver:
-    task = asyncio.create_task(switchover.run())
+
+async def _not_cancelled_once_committed(
+    switchover: Switchover | Rehearsal, budget: Budget
+) -> HandedOver:
+    """Run a switchover; past the point of no return, a cancellation only hastens its end."""
+    task = asyncio.create_task(switchover.run(budget))
     while not task.done():
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            if not switchover.committed:
+            if switchover.committed:
+                switchover.hurry()
+            else:
                 task.cancel()
         except BaseException:  # noqa: BLE001 (raised below, by the task's result)
             break

@@ -150,6 +150,10 @@ class Qmp:
         """Where the record of events ends now: give it to :meth:`wait_for`."""
         return len(self._events)
 
+    def events(self, since: int = 0) -> list[Event]:
+        """All events after ``since``, the first first."""
+        return self._events[since:]
+
     def seen(self, name: str, since: int = 0) -> Event | None:
         """The first event of this name after ``since``, if there was one."""
         return next((e for e in self._events[since:] if e.name == name), None)
@@ -213,6 +217,11 @@ class Qmp:
                 MemoryBackend(name, kind, int(backend["size"]), bool(backend["share"]), mem_path)
             )
         return found
+
+    async def vcpu_threads(self) -> frozenset[int]:
+        """Numbers of the threads that execute guest code (QAPI: ``query-cpus-fast``)."""
+        cpus = await self.execute("query-cpus-fast")
+        return frozenset(int(cpu["thread-id"]) for cpu in cpus)
 
     async def capabilities(self) -> dict[str, bool]:
         """The migration capabilities, by name."""

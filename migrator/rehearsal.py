@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from migrator.budget import Budget
 from migrator.errors import VmError
 from migrator.guard import Guard
 from migrator.phases import Phase, Phases
 from migrator.preflight import Plan
 from migrator.qmp import Qmp
-from migrator.switchover import HandedOver, stop_guest
+from migrator.standing import Standing
+from migrator.switchover import HandedOver, check_goes_on, stop_guest
 
 _QUIET_S = 0.3  # a device that QEMU cannot stop ends what it is at
 _LOOKS = 20
@@ -54,22 +56,27 @@ class Rehearsal:
         self.was_running: bool | None = None
         self.paused_by_us = False
 
-    async def run(self) -> HandedOver:
+    async def run(self, budget: Budget) -> HandedOver:
         """Do all of it.
 
-        :raise VmError: the source does not answer, or does not go on
+        :param budget: the time for which the guest may stand
+        :raise VmError: the source does not answer, does not go on, or did not stand
         """
         self._phases.enter(Phase.SWITCHOVER)
         await self._ease()
-        self._guard.begun(await self._source.run_state() == "running", by_stop=True)
+        self.was_running = await check_goes_on(self._source) == "running"
+        self._guard.begun(self.was_running, by_stop=True)
         self.paused_by_us = True
         stopped = await stop_guest(self._source)
+        standing = Standing(self._source, self._source.mark())
         self.was_running = stopped is not None
+        budget.begin()
         self._phases.enter(Phase.STOP, at=stopped.at if stopped else None)
-        await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
-        self._phases.enter(Phase.LAST_COLLECT)
-        await self._collect_until_quiet()
-        await self._verify()
+        try:
+            await budget.spend(self._compare_both())
+        finally:
+            standing.check_events()  # a better reason than that pages differ
+        await standing.check(("paused",))
         self._phases.enter(Phase.RESUME)
         mark = self._source.mark()
         if self.was_running:
@@ -82,6 +89,12 @@ class Rehearsal:
         stood_ms = (resumed.at - stopped.at) * 1000 if stopped and resumed else None
         return HandedOver(stood_ms, device_state_bytes=None)
 
+    async def _compare_both(self) -> None:
+        await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
+        self._phases.enter(Phase.LAST_COLLECT)
+        await self._collect_until_quiet()
+        await self._verify()
+
     async def _collect_until_quiet(self) -> None:
         """A last round; several, while a device that QEMU cannot stop still writes."""
         await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
@@ -89,6 +102,9 @@ class Rehearsal:
             await asyncio.sleep(_QUIET_S)
             if not await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT):
                 return
+
+    def hurry(self) -> None:
+        """There is no point of no return to be past of."""
 
     async def close(self) -> None:
         """Nothing is open."""

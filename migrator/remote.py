@@ -72,7 +72,7 @@ class RemoteDestination:
         """Let it load all of the device state but its end, and keep that."""
         await self._session.ask("load", head + end, end=len(end), timeout_s=timeout_s)
 
-    async def go(self, *, run: bool) -> float | None:
+    async def go(self, *, run: bool, timeout_s: float = 60.0) -> float | None:
         """See :meth:`migrator.destination.Destination.go`.
 
         The two hosts have two clocks: when the guest began to run is told as a time after the word

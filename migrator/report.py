@@ -135,6 +135,7 @@ class Report:
         command, because that migration would have taken the devices' dirty bits away
     :ivar device_state_bytes: what QEMU's own migration sent
     :ivar qemu_ram_transferred: bytes of RAM that QEMU sent itself (ROMs, video memory)
+    :ivar warnings: sentences for people, none of which changes the status
     """
 
     status: Status = "failed"
@@ -167,6 +168,7 @@ class Report:
     phases: dict[str, float] = field(default_factory=dict)
     downtime_phases: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     guest: dict[str, Any] | None = None
 
     def add(self, finished: Round) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 from migrator.errors import LinkError, MigratorError, VmError
 from migrator.qmp import Qmp
-from migrator.rollback import SOURCE_CAPABILITIES, Before, bring_back
+from migrator.rollback import UNDER_WAY, Before, bring_back
+from migrator.settings import DEFAULTS, left_behind, put_back, read_settings
 from migrator.transport.session import Link, settle_outcome
 
 _PATIENCE_S = 5.0
 # it may be in the middle of a migration that nobody ends any more, and had these before it
-_LEFT_BEHIND = Before(
-    was_running=True, capabilities=dict.fromkeys(SOURCE_CAPABILITIES, False), paused_by_us=True
-)
+_LEFT_BEHIND = Before(was_running=True, settings=DEFAULTS, paused_by_us=True)
 _COMPLETE = ("postmigrate", "finish-migrate", "paused")
 _MEANINGS = {
     "waiting": "the destination waits for a VM: none came, or it was started anew",
@@ -119,10 +118,24 @@ async def _the_source(path: str, found: Resolution, *, run: bool) -> None:
         return
     try:
         found.source = await qmp.run_state()
-        if run and found.source != "running":
+        status = (await qmp.migration()).get("status")
+        # nothing is saved before that, so that no destination can run
+        before_saving = status == "pre-switchover"
+        if (run or before_saving) and found.source != "running":
             found.source = await bring_back(qmp, _LEFT_BEHIND)
             if found.source != "running":
                 raise VmError("source", f"does not go on: it is {found.source!r}")
+            if before_saving:
+                found.sentences.append(
+                    "the source had been left before it saved its state, so that no destination "
+                    "can run: it was let run"
+                )
+        elif status not in UNDER_WAY and left_behind(await read_settings(qmp)):
+            await put_back(qmp, DEFAULTS)
+            found.sentences.append(
+                "the source had settings of a migration that was killed: they were put back, as "
+                "its snapshots would have held no RAM"
+            )
     finally:
         await qmp.close()
     complete = " and complete" if found.source in _COMPLETE else ""

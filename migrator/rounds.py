@@ -137,6 +137,29 @@ class Rounds:
             raise Failed(phases.current.value, "the last pages could not be delivered")
         return self._account.round.sent_pages
 
+    async def last_by_comparison(self, data: Bitmaps) -> None:
+        """The last round where the source's process has ended: send all pages that differ.
+
+        Its page tables tell nothing any more. Its RAM files do, which are mapped here.
+
+        :param data: pages that hold data at the source
+        """
+        phases = self._account.phases
+        everything = {name: DirtyBitmap.full(n) for name, n in self._npages.items()}
+        differing = await self._transport.changed(everything, data, guest_stands=True)
+        pages, nbytes = self._pages_and_bytes(differing)
+        number = self._account.round.number + 1
+        self._account.begin(Round(number, {}, {}, pages, dirty_bytes=nbytes))
+        self._account.round.compared_pages, self._account.round.differing_pages = (
+            count(everything),
+            pages,
+        )
+        await self._send(differing)
+        self._account.report.final_pages += self._account.round.sent_pages
+        self._account.end_round()
+        if any_of(self._owed):
+            raise Failed(phases.current.value, "the last pages could not be delivered")
+
     # -- collecting -----------------------------------------------------------------------------
 
     async def _next(self) -> tuple[MutableBitmaps, Observation]:

@@ -124,6 +124,15 @@ class Sources:
         """
         return self._holes.data
 
+    async def data_of_ended(self) -> Bitmaps:
+        """Pages that hold data, of a VM whose process has ended: its files tell.
+
+        Huge pages are told from holes by page tables alone: there, all of them.
+
+        :raise SourceError: a file does not tell its holes
+        """
+        return await in_thread(self._holes.data_without_process)
+
     @property
     def inexact(self) -> set[str]:
         """Names of the sources that report pages whether they were written or not."""

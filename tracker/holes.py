@@ -99,6 +99,22 @@ class Holes:
                 discarded[block.name] |= self._zeros(block, kept)
         return discarded
 
+    def data_without_process(self) -> dict[str, DirtyBitmap]:
+        """Pages that hold data now, where the process has ended; all of those of hugetlbfs.
+
+        :raise SourceError: a file does not tell its holes
+        """
+        try:
+            self.data = {
+                block.name: DirtyBitmap.full(block.npages)
+                if block.is_hugetlb
+                else data_pages(self._pid, block, self._fds[block.name])
+                for block in self._blocks
+            }
+        except (OSError, RamError) as error:
+            raise SourceError(self.name, str(error)) from error
+        return self.data
+
     def _zeros(self, block: RamBlock, pages: DirtyBitmap) -> DirtyBitmap:
         # If a page is discarded just now, looking at it fills it: then it is zeros, and reported.
         zeros = DirtyBitmap.empty(block.npages)

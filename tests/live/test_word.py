@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from migrator import Failed, Report
+from migrator.budget import Budget
 from migrator.errors import LinkError, VmError
 from migrator.phases import Phase
 from migrator.qmp import Qmp
@@ -178,10 +179,10 @@ async def ready_and_connected(
     commit = Switchover._commit
     reached, on = asyncio.Event(), asyncio.Event()
 
-    async def hold(self: Switchover) -> float | None:
+    async def hold(self: Switchover, budget: Budget) -> float | None:
         reached.set()
         await on.wait()
-        return await commit(self)
+        return await commit(self, budget)
 
     monkeypatch.setattr(Switchover, "_commit", hold)
     moving = asyncio.ensure_future(road.send())

@@ -15,17 +15,16 @@ from migrator.errors import CommandFailed, QmpUnreachable, VmError
 from migrator.policy import Limits
 from migrator.qmp import Qmp
 from migrator.rollback import (
-    SOURCE_CAPABILITIES,
-    SOURCE_PARAMETERS,
     Before,
     bring_back,
     remember,
 )
+from migrator.settings import SOURCE_CAPABILITIES, SOURCE_PARAMETERS, Settings
 from migrator.vm import RunDirectory, Vm
 from tests.conftest import require
 from tests.live.vms import Pair, pair
 
-RAN = Before(True, {"events": False}, {"max-bandwidth": 5})
+RAN = Before(True, Settings({"events": False}, {"max-bandwidth": 5}))
 STOOD = replace(RAN, was_running=False)
 
 
@@ -58,11 +57,11 @@ class Source:
         if command == "cont" and not self.sticks:
             self._state = "running"
         if command == "migrate-set-parameters":
-            assert arguments == RAN.parameters
+            assert arguments == RAN.settings.parameters
         return {}
 
     async def set_capabilities(self, wanted: object) -> None:
-        assert wanted == RAN.capabilities
+        assert wanted == RAN.settings.capabilities
         await self.execute("migrate-set-capabilities")
 
     async def run_state(self) -> str:
@@ -213,8 +212,8 @@ def test_everything_is_as_it_was(runs: bool) -> None:
         if not runs:
             await qmp.execute("stop")
         before = await remember(qmp, runs)
-        assert before.capabilities == dict.fromkeys(SOURCE_CAPABILITIES, False)
-        assert before.parameters.keys() == SOURCE_PARAMETERS.keys()
+        assert before.settings.capabilities == dict.fromkeys(SOURCE_CAPABILITIES, False)
+        assert before.settings.parameters.keys() == SOURCE_PARAMETERS.keys()
         await change(qmp)
         assert await remember(qmp, runs) != before
         mark = qmp.mark()
