@@ -60,6 +60,7 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _LIMITS = {
     "downtime_limit": "downtime_limit_ms",
+    "max_standstill": "max_standstill_s",
     **{name: name for name in ("max_rounds", "max_seconds", "on_limit")},
     **{name: name for name in ("tracker", "policy", "throttle")},
 }
@@ -108,6 +109,14 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 default="abort",
                 show_default=True,
                 help="What giving up means: leave the VM where it is, or accept the downtime.",
+            ),
+            click.option(
+                "--max-standstill",
+                type=click.FloatRange(min=1),
+                metavar="SECONDS",
+                help="The most that the guest may stand, comparing included; after that it goes on "
+                "at the source. Default: ten times the downtime limit, three times the expected "
+                "downtime, or 10 s, the largest; where RAM is compared, 10 s for each GB more.",
             ),
             click.option(
                 "--tracker",

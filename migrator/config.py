@@ -177,6 +177,7 @@ class MigrationConfig(_Strict):
     max_rounds: int = Field(default=60, ge=1)
     max_seconds: float = Field(default=300.0, gt=0)
     on_limit: Literal["force", "abort"] = "abort"
+    max_standstill_s: float | None = Field(default=None, ge=1)
     verify: bool = False
     memory_only: bool = False
     tracker: Literal["auto", "uffd", "uffd-sync"] = "auto"

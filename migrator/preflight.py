@@ -18,6 +18,7 @@ from migrator.findings import (
     takes_dirty_bits,
     vfio_devices,
 )
+from migrator.jobs import job_findings
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.settle import in_thread
 from migrator.side import (
@@ -120,6 +121,7 @@ async def preflight(
     findings += side.findings
     if not memory_only:
         findings += blockers
+        findings += await job_findings(source)
         findings += _machine_findings(await machine_of(source), side.machine or {})
     backends = await source.memory_backends()
     findings += backend_findings(source.name, backends)

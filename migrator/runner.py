@@ -284,4 +284,5 @@ def options_of(chosen: MigrationConfig, *, dirty_map: bool = False) -> Options:
         policy=chosen.policy,
         throttle_percent=chosen.throttle,
         dirty_map=dirty_map,
+        standstill_s=chosen.max_standstill_s,
     )
