@@ -31,14 +31,21 @@ from dataclasses import dataclass, field
 from migrator.budget import DECISION_S, Budget
 from migrator.destination import Destination
 from migrator.devicestate import Incoming, saved_run_state, split_at_end
-from migrator.errors import MigratorError, QmpUnreachable, Unconfirmed, Undecided, VmError
+from migrator.errors import (
+    MigratorError,
+    NotStanding,
+    QmpUnreachable,
+    Unconfirmed,
+    Undecided,
+    VmError,
+)
 from migrator.guard import Guard
 from migrator.jobs import job_findings
 from migrator.phases import Phase, Phases
 from migrator.preflight import Plan
 from migrator.qmp import Event, Qmp, is_alive
 from migrator.settings import SOURCE_CAPABILITIES, SOURCE_PARAMETERS
-from migrator.settle import in_thread, settle
+from migrator.settle import in_thread, settle, within
 from migrator.standing import ENDED_STATES, Standing, stopped_by_io_error
 from tracker.errors import TrackerError
 from tracker.held import Held
@@ -244,8 +251,7 @@ class Switchover:
         await self._verify_unless_disturbed()
         self._phases.enter(Phase.LOAD)
         await self._destination.load(head, end, timeout_s=budget.left_s)
-        await self._hold_vcpus()
-        await self._check_stood()
+        await self._hold_and_look()
         return stream
 
     async def _save_device_state(self, budget: Budget) -> bytes:
@@ -320,14 +326,24 @@ class Switchover:
             "completed by comparing all of RAM"
         )
 
-    async def _hold_vcpus(self) -> None:
-        """Keep the source from executing anything, even if another client lets it run."""
-        if self._source_is_gone:
-            return
+    async def _hold_and_look(self) -> None:
+        """Look at the source for the last time, and keep it from executing anything from then on.
+
+        It is held before the look, so that no other client can let it run after it. Where one has
+        let it run already, a virtual processor may be held that has QEMU's lock: then there is no
+        answer, until it is let go.
+        """
+        if not self._source_is_gone:
+            try:
+                await in_thread(self._vcpus.hold, _HOLD_S)
+            except (TrackerError, OSError) as error:
+                _log.warning("the source's virtual processors cannot be held: %s", error)
         try:
-            await in_thread(self._vcpus.hold, _HOLD_S)
-        except (TrackerError, OSError) as error:
-            _log.warning("the source's virtual processors cannot be held: %s", error)
+            await within(_HOLD_S, self._check_stood())
+        except asyncio.TimeoutError:
+            self._vcpus.release()
+            await self._check_stood()
+            raise NotStanding("source", "did not answer while it was held") from None
 
     # -- the point of no return -----------------------------------------------------------------
 
