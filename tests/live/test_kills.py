@@ -18,6 +18,7 @@ from migrator.errors import VmError
 from migrator.phases import Phase
 from migrator.qmp import Qmp
 from migrator.vm import Vm
+from tests.live.killed import ORCHESTRATOR, WITH_ITS_GUARD
 from tests.live.moving import VERIFIED
 from tests.live.vms import Machine, Pair, pair
 
@@ -26,17 +27,6 @@ pytestmark = pytest.mark.live
 _NOT_HERE = (Phase.PREFLIGHT, Phase.ROLLBACK, Phase.DRAIN, Phase.COMPARE)
 PHASES = [phase.value for phase in Phase if phase not in _NOT_HERE]
 BEFORE_THE_POINT = PHASES[: PHASES.index(Phase.RESUME.value)]
-
-_ORCHESTRATOR = """
-import asyncio, os, signal, sys
-from migrator import Limits, Options, migrate
-source, destination, phase = sys.argv[1:]
-options = Options(limits=Limits(on_limit="force"), verify=True)
-def watch(progress):
-    if progress.phase == phase:
-        os.kill(os.getpid(), signal.SIGKILL)
-asyncio.run(migrate(source, destination, options, watch=watch))
-"""
 
 
 async def _state(vm: Vm) -> str:
@@ -86,7 +76,7 @@ def test_the_orchestrator_is_killed(phase: str) -> None:
     async def body() -> None:
         async with pair() as vms:
             orchestrator = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-c", _ORCHESTRATOR],
+                *[sys.executable, "-c", ORCHESTRATOR],
                 *[vms.source.qmp, vms.destination.qmp, phase],
                 stderr=subprocess.PIPE,
             )
@@ -113,7 +103,7 @@ def test_without_the_guard_a_killed_orchestrator_leaves_the_source_paused() -> N
     async def body() -> None:
         async with pair() as vms:
             orchestrator = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-c", _KILL_THE_GUARD_TOO],
+                *[sys.executable, "-c", WITH_ITS_GUARD],
                 *[vms.source.qmp, vms.destination.qmp],
             )
             assert await asyncio.wait_for(orchestrator.wait(), 120) == -signal.SIGKILL
@@ -122,25 +112,6 @@ def test_without_the_guard_a_killed_orchestrator_leaves_the_source_paused() -> N
             assert await _state(vms.destination) != "running"
 
     asyncio.run(body())
-
-
-_KILL_THE_GUARD_TOO = _ORCHESTRATOR.replace(
-    "    if progress.phase == phase:\n",
-    "    if progress.phase == 'final-send':\n        os.kill(guards[0], signal.SIGKILL)\n",
-).replace(
-    "source, destination, phase = sys.argv[1:]",
-    """source, destination = sys.argv[1:]
-import subprocess
-from migrator import guard
-guards = []
-class Popen(subprocess.Popen):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if any("migrator.guard" in word for word in args[0]):
-            guards.append(self.pid)
-guard.subprocess.Popen = Popen
-""",
-)
 
 
 def _kill_at(phase: str, pid: int) -> Callable[[Progress], None]:
