@@ -11,7 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from migrator.errors import Aborted, Failed, MigratorError, Refused, Undecided
+    from migrator.errors import (
+        Aborted,
+        Failed,
+        GuestEnded,
+        MigratorError,
+        Refused,
+        Undecided,
+    )
     from migrator.orchestrator import Options, migrate
     from migrator.policy import Limits
     from migrator.report import Progress, Report
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Aborted",
     "Failed",
+    "GuestEnded",
     "Limits",
     "MigratorError",
     "Options",

@@ -15,6 +15,7 @@ from migrator.settings import Settings, put_back, read_settings
 _log = logging.getLogger(__name__)
 _SETTLED_S = 0.5
 _CONTINUED_S = 0.1
+_AGAIN_S = 0.05
 # prelaunch: it was reset while the migration had stopped it
 _STOPPED_BY_MIGRATION = ("finish-migrate", "postmigrate", "prelaunch")
 UNDER_WAY = ("setup", "active", "wait-unplug", "pre-switchover", "device", "cancelling")
@@ -76,11 +77,25 @@ async def bring_back(source: Qmp, before: Before, *, timeout_s: float = 10.0) ->
     ours = (*_STOPPED_BY_MIGRATION, *(["paused"] if before.paused_by_us else []))
     # also one that runs: its images may be inactive, and cont activates them
     if before.was_running and state in (*ours, "running"):
-        await source.execute("cont")
+        await _go_on(source, deadline)
         state = await source.run_state()
         if state != "running":
             raise VmError(source.name, f"does not go on: it is {state!r}")
     return state
+
+
+async def _go_on(source: Qmp, deadline: float) -> None:
+    """Let the guest run; try again while QEMU refuses, as its images may be locked for a moment."""
+    while True:
+        try:
+            await source.execute("cont")
+        except CommandFailed as error:
+            if time.monotonic() > deadline:
+                raise
+            _log.info("not yet: %s", error)
+            await asyncio.sleep(_AGAIN_S)
+        else:
+            return
 
 
 async def _settled(source: Qmp) -> str:

@@ -89,12 +89,14 @@ class Reader(Machine):
 
     :ivar disk: path of a raw image of at least ``reading.disk_bytes``
     :ivar direct: whether QEMU reads it past the page cache
+    :ivar on_error: what becomes of a read that fails: QEMU's ``rerror``
     """
 
     memory: int = 64 * MIB
     machine: str = "pc"
     disk: str = ""
     direct: bool = True
+    on_error: str = "report"
     reading: Reading = _READING
 
     def arguments(self, image: Path, console: Path, *, destination: bool = False) -> list[str]:
@@ -105,7 +107,8 @@ class Reader(Machine):
         return [
             *super().arguments(ours, console, destination=destination),
             "-drive",
-            f"if=ide,index=1,id=slow,format=raw,cache={cache},file.locking=off,file={self.disk}",
+            f"if=ide,index=1,id=slow,format=raw,cache={cache},rerror={self.on_error},"
+            f"file.locking=off,file={self.disk}",
         ]
 
 

@@ -124,6 +124,10 @@ class SlowDisk:
         """Answer everything that is in flight, also what came meanwhile; return what that was."""
         return self._tell("release")
 
+    def fail(self) -> None:
+        """Answer all that is in flight, and all reads until :meth:`flow`, with ``EIO``."""
+        self._tell("fail")
+
     def flow(self, each_ms: float = 0.0) -> None:
         """Answer what is in flight; from now on, leave every read in flight for so long only."""
         self.delay(each_ms)
@@ -197,6 +201,7 @@ class _Server:
         self._size = size
         self._reads = 0
         self._delay_s = 0.0
+        self._fails = False
         self._in_flight: dict[int, tuple[Read, float]] = {}  # by ``unique``; when it is due
         self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         # On a file system of our own: whoever deletes a mount point takes the mount along.
@@ -226,12 +231,15 @@ class _Server:
     def _obey(self, command: str, *arguments: float) -> None:
         if command == "delay":
             (self._delay_s,) = arguments
+            self._fails = False
         elif command == "hold":
             self._delay_s = _HELD_S
             due = time.monotonic() + _HELD_S
             self._in_flight = {unique: (read, due) for unique, (read, _) in self._in_flight.items()}
         self._report()
-        if command == "release":
+        if command == "fail":
+            self._delay_s, self._fails = 0.0, True
+        if command in ("release", "fail"):
             self._answer_what_is_due(inf)
 
     def _report(self) -> None:
@@ -242,7 +250,10 @@ class _Server:
         due = [unique for unique, (_, at) in self._in_flight.items() if at <= now]
         for unique in due:
             read, _ = self._in_flight.pop(unique)
-            self._answer(unique, read.content)
+            if self._fails:
+                self._answer(unique, error=-errno.EIO)
+            else:
+                self._answer(unique, read.content)
 
     def _serve(self) -> None:
         request = os.read(self._device, _MAX_WRITE + fuse.FUSE_MIN_READ_BUFFER)
