@@ -21,8 +21,9 @@ from migrator.errors import StoodTooLong
 from migrator.guest import Workload
 from migrator.phases import Phase
 from migrator.switchover import Switchover
+from migrator.vm import Vm
 from tests.live.monitors import Monitor
-from tests.live.moving import VERIFIED, check_still_at_source, move, once
+from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.reader_guest import Reader
 from tests.live.slowdisk import SlowDisk, slow_disk
@@ -91,7 +92,12 @@ def _reset_and_wait(source: Monitor) -> None:
 # -- the source dies once it has saved everything -----------------------------------------------
 
 
-def _killed_after_its_state(kill: Callable[[], None]) -> Callable[[Progress], None]:
+def _killed_after_its_state(vm: Vm, first: Callable[[], None]) -> Callable[[Progress], None]:
+    def kill() -> None:
+        first()
+        os.kill(vm.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, vm.pid, os.WEXITED | os.WNOWAIT)
+
     return once(Phase.LAST_COLLECT, kill)
 
 
@@ -103,7 +109,7 @@ def test_a_source_that_dies_with_its_state_saved_lives_on(options: Any, qemu: Qe
     async def body(vms: Pair, _: Monitor, destination: Monitor) -> None:
         report = await migrate(
             *(vms.source.qmp, vms.destination.qmp, options),
-            watch=_killed_after_its_state(lambda: os.kill(vms.source.pid, signal.SIGKILL)),
+            watch=_killed_after_its_state(vms.source, lambda: None),
         )
         assert report.status == "completed"
         assert report.mismatched_pages == (0 if options.verify else None)
@@ -118,17 +124,14 @@ def test_pages_written_while_it_was_saved_are_found_by_comparing() -> None:
     """The other side of the test above: the comparison is what delivers them."""
 
     async def body(vms: Pair, _: Monitor, destination: Monitor) -> None:
-        from tests.live.moving import Ram
-
         ram = Ram(vms.source, vms.machine)
 
-        def write_and_die() -> None:
+        def write() -> None:
             ram.write(64 * MIB, b"written last" * 1000)
-            os.kill(vms.source.pid, signal.SIGKILL)
 
         await migrate(
             *(vms.source.qmp, vms.destination.qmp, UNVERIFIED),
-            watch=_killed_after_its_state(write_and_die),
+            watch=_killed_after_its_state(vms.source, write),
         )
         there = Ram(vms.destination, vms.machine)
         assert there.read(64 * MIB, 12_000) == b"written last" * 1000
