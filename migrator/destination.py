@@ -81,7 +81,7 @@ class LocalDestination:
         self._end = b""
         self._before: Settings | None = None
         self._changed = False
-        self._standing = Standing(qmp, qmp.mark())
+        self._standing: Standing | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -138,9 +138,9 @@ class LocalDestination:
 
     async def go(self, *, run: bool, timeout_s: float = _RESUME_S) -> float | None:
         """See :meth:`Destination.go`."""
-        if self._outgoing is None:
+        if self._outgoing is None or self._standing is None:
             raise VmError("destination", "was not told to expect device state")
-        await self._check_waits()
+        await self._check_waits(self._standing)
         mark = self.qmp.mark()
         try:
             await self._outgoing.finish(self._end, timeout_s=timeout_s)
@@ -153,13 +153,13 @@ class LocalDestination:
         await settle(self.put_back(), too_late=True)
         return resumed.at if resumed else None
 
-    async def _check_waits(self) -> None:
+    async def _check_waits(self, standing: Standing) -> None:
         """Check that it has all but the end, and that nothing has changed it since.
 
         :raise NotStanding: another client has reset it, or let it run
         """
         try:
-            await self._standing.check(("inmigrate",))
+            await standing.check(("inmigrate",))
         except asyncio.CancelledError as error:  # it lacks the end: it will not run
             raise VmError("destination", "did not run: interrupted") from error
 

@@ -6,12 +6,15 @@ another client of QEMU lets it run; QEMU's main loop answers all the same.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterable
 
+from tracker.abi.ptrace import Request
 from tracker.errors import InjectionError, TargetGone
 from tracker.stops import await_stops, seize
+from tracker.syscalls import ptrace_request
 
 
 class Held:
@@ -59,6 +62,9 @@ class Held:
             return
         self._answered.set()
         self._release.wait()
+        for tid in self._threads:  # at once; the end of this thread may take a moment
+            with contextlib.suppress(OSError):
+                ptrace_request(Request.DETACH, tid)
 
     def release(self) -> None:
         """Let the threads go on. May be called again, and where none was held."""
