@@ -52,7 +52,8 @@ def main() -> int:
     print("\n" + campaign.table(results))
     if bad := [result for result in results if result.violations or result.broken]:
         print("\n" + campaign.by_kind(results))
-        print("\n" + campaign.details(bad, timelines=bool(asked.only)))
+        options = " ".join([f"--hosts {share:g}", *(f"--fault {f!r}" for f in asked.fault or [])])
+        print("\n" + campaign.details(bad, options=options, timelines=bool(asked.only)))
     elif asked.only:
         print("\n".join(results[-1].timeline))
     took_s = time.monotonic() - began_s

@@ -131,13 +131,18 @@ def table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-def details(results: Iterable[Result], *, timelines: bool = False) -> str:
-    """All violations, with the seed that each follows from."""
+def details(results: Iterable[Result], *, options: str = "", timelines: bool = False) -> str:
+    """All violations, with the command that tries the migration again.
+
+    :param options: of that command, that the plans depend on as they do on the seed
+    :param timelines: also tell all that happened
+    """
     lines: list[str] = []
     for result in results:
         if not result.violations and not result.broken:
             continue
-        lines.append(f"seed {result.plan.seed}: {result.plan}; {result.outcome}")
+        lines.append(f"{result.plan}; {result.outcome}")
+        lines.append(f"    python -m tests.faults {options} --only {result.plan.seed}")
         lines += [f"    {violation}" for violation in result.violations]
         lines += [f"    not tried: {result.broken}"] * bool(result.broken)
         if timelines:

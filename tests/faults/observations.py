@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.faults.kinds import Fault
 from tests.faults.plans import Plan
 from tests.faults.strikes import Strike
 
@@ -71,5 +72,7 @@ class Seen:
 
     @property
     def disturbed(self) -> bool:
-        """Whether the fault struck, and was accepted where QEMU was told something."""
-        return self.struck is not None and self.struck.accepted
+        """Whether a fault struck, and was accepted where QEMU was told something."""
+        if self.struck is None or self.plan.fault is Fault.NONE:
+            return False
+        return self.struck.accepted

@@ -68,7 +68,7 @@ def draw(seed: int, *, hosts_share: float = 0.3, only: frozenset[Fault] = frozen
     two_hosts = rng.random() < hosts_share
     memory_only = rng.random() < 0.08
     verify = memory_only or rng.random() < 0.8
-    paused = not memory_only and rng.random() < 0.08
+    paused = not memory_only and rng.random() < 0.08 and (not only or bool(only & PLAIN))
     possible = [
         fault
         for fault in (*Fault, *_TWICE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import shutil
 import signal
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.processes import is_running
 from bench.twohosts import TwoHosts
-from migrator.guest import boot_image, check_walk, heartbeats
+from migrator.guest import Workload, boot_image, check_walk, heartbeats
 from migrator.vm import Vm
 from tests.faults.commands import TOKEN, Command
 from tests.faults.kinds import Fault
@@ -252,16 +252,7 @@ class Scene:
         :param resets: how often it may have booted anew, which leaves an edge more
         :return: what is wrong; empty if nothing is
         """
-        with _ram_of(side) as ram:
-            found = check_walk(ram, self.plan.workload)
-            start, end = self.plan.workload.start, self.plan.workload.end
-            values = np.array(ram[start:end:4096])
-        if not resets:
-            return found.problem
-        steps = (values[:-1] - values[1:]).astype(int)
-        if steps.sum() > 1 + resets:
-            return f"the steps add up to {steps.sum()}"
-        return ""
+        return walk_problem(_ram_of(side), self.plan.workload, resets)
 
     async def close(self) -> None:
         """End everything."""
@@ -278,20 +269,36 @@ class Scene:
             await vm.stop()
 
 
-@contextlib.contextmanager
-def _ram_of(side: Side) -> Any:
-    """The RAM file of a QEMU, as an array of bytes."""
+def _ram_of(side: Side) -> NDArray[np.uint8]:
+    """A copy of the RAM of a QEMU.
+
+    :raise FileNotFoundError: it has no RAM file where it should be
+    """
     for entry in Path(f"/proc/{side.pid}/fd").iterdir():
         target = ""
         with contextlib.suppress(OSError):
             target = os.readlink(entry)
         if target.startswith(f"{side.ram_path}/"):
-            with open(entry, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
-                    yield np.frombuffer(mapped, np.uint8).copy()
-            return
+            return np.fromfile(entry, np.uint8)
     raise FileNotFoundError(f"{side.name}: no RAM file in {side.ram_path}")
+
+
+def walk_problem(ram: NDArray[np.uint8], workload: Workload, resets: int) -> str:
+    """Tell where RAM is not what the guest's own writes leave; see :func:`check_walk`.
+
+    :param ram: all of it
+    :param resets: how often the guest may have booted anew: each leaves a step of one more, where
+        its walk was, and the walk begins again at the first page
+    :return: what is wrong; empty if nothing is
+    """
+    found = check_walk(ram, workload)
+    if not resets:
+        return found.problem
+    values = ram[workload.start : workload.end : 4096]
+    steps = (values[:-1] - values[1:]).astype(int)  # modulo 256: a step up by one counts as 255
+    if steps.sum() > 1 + resets:
+        return f"after {resets} resets, the steps between pages add up to {steps.sum()}"
+    return ""
 
 
 @asynccontextmanager

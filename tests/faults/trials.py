@@ -138,7 +138,8 @@ async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
     # before anything is mended: these are what the command left behind
     source, destination = await _side(scene.source), await _side(scene.destination)
     beats = _beats(scene, destination.ran)
-    left += _files(scene)
+    left += _files(scene, moved=destination.ran or destination.state == "paused")
+    receiver_code = scene.receiver.exit_code if scene.receiver else None
     if scene.hosts is not None:
         await asyncio.to_thread(scene.hosts.mend)
     scene.make_room()
@@ -164,7 +165,7 @@ async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
         beats_problem=beats,
         walk_problem=walk,
         left=tuple(left),
-        receiver_code=scene.receiver.exit_code if scene.receiver else None,
+        receiver_code=receiver_code,
         follow_up=follow_up,
         resolution=resolution,
         timeline=timeline,
@@ -194,17 +195,22 @@ def _beats(scene: Scene, moved: bool) -> str:
     return beats_problem(*consoles)
 
 
-def _files(scene: Scene) -> list[str]:
-    """Files of the product's that are left, but where it was killed and could not remove them."""
-    found = []
-    if scene.plan.fault not in KILLS_COMMAND:
+def _files(scene: Scene, *, moved: bool) -> list[str]:
+    """Files, and a QEMU, that are left of the product's, unless it was killed before it could act.
+
+    :param moved: whether the VM is at the destination, or was
+    """
+    found, fault = [], scene.plan.fault
+    if fault not in KILLS_COMMAND:
         for name in ("runtime", "tmp"):
-            found += [str(path) for path in (scene.directory / name).rglob("*") if path.is_file()]
-            found += [str(path) for path in (scene.directory / name).rglob("*.sock")]
-    ended = scene.receiver is not None and scene.receiver.exit_code is not None
-    if ended and not scene.destination.is_alive and scene.plan.fault is not Fault.RECEIVER_KILL:
-        found += [str(path) for path in (scene.directory / "receiver").iterdir()]
-    return [f"file {path}" for path in found]
+            paths = (scene.directory / name).rglob("*")
+            found += [f"file {path}" for path in paths if path.is_file() or path.is_socket()]
+    receiver = scene.receiver
+    if receiver is None or receiver.exit_code is None or moved or fault is Fault.RECEIVER_KILL:
+        return found
+    if scene.destination.is_alive:
+        found.append("the QEMU that the receiver started")
+    return found + [f"file {path}" for path in (scene.directory / "receiver").iterdir()]
 
 
 def _object(text: str) -> dict[str, Any] | None:
