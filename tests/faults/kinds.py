@@ -31,6 +31,7 @@ class Fault(Enum):
     DESTINATION_KILL = "destination SIGKILL"
     DESTINATION_FREEZE = "destination SIGSTOP"
     DESTINATION_CONT = "destination cont"
+    DESTINATION_CONT_BURST = "destination cont burst"
     DESTINATION_STOP = "destination stop"
     DESTINATION_STOP_CONT = "destination stop cont"
     DESTINATION_RESET = "destination reset"
@@ -83,6 +84,7 @@ DECIDABLE = frozenset(
         Fault.SOURCE_CANCEL,
         Fault.DESTINATION_FREEZE,
         Fault.DESTINATION_CONT,
+        Fault.DESTINATION_CONT_BURST,
         Fault.DESTINATION_CANCEL,
         Fault.DESTINATION_FULL,
         Fault.LINK_BLINK,

@@ -17,12 +17,14 @@ class SideSeen:
 
     :ivar state: its run state in the end, or ``gone``
     :ivar intervals: when its guest ran, in seconds since the epoch
+    :ivar loaded: whether it has loaded all of a VM, be that run or not
     :ivar changed: settings that are not as they were, in words
     :ivar traces: what of the product's is still in its process
     """
 
     state: str
     intervals: tuple[tuple[float, float], ...] = ()
+    loaded: bool = False
     changed: tuple[str, ...] = ()
     traces: tuple[str, ...] = ()
 

@@ -40,6 +40,12 @@ def by_the_operator(seen: Seen) -> bool:
     )
 
 
+def _stopped_by_the_operator(seen: Seen) -> bool:
+    """Whether the operator's last accepted word about the source was ``stop``."""
+    refused = seen.struck is not None and seen.struck.half_accepted
+    return _is(seen, Fault.SOURCE_STOP) or (_is(seen, Fault.SOURCE_STOP_CONT) and refused)
+
+
 def command_ends(seen: Seen) -> list[str]:
     """The command ends by itself, and not by an exception that it does not expect."""
     found = [f"a traceback: {complaint}" for complaint in seen.complaints]
@@ -77,7 +83,7 @@ def one_runs(seen: Seen) -> list[str]:
     excused = (
         (_is(seen, *ENDS_SOURCE) and source.state == "gone")
         or (_is(seen, *ENDS_DESTINATION) and destination.ran)
-        or (_is(seen, Fault.SOURCE_STOP) and "paused" in (source.state, destination.state))
+        or (_stopped_by_the_operator(seen) and "paused" in (source.state, destination.state))
         or (_is(seen, Fault.DESTINATION_STOP) and destination.state == "paused")
         or _is(seen, Fault.COMMAND_AND_GUARD_KILL)
         or seen.exit_code in (4, 5, 6)  # whether that is the truth is judged elsewhere
@@ -94,12 +100,12 @@ def _none_runs(seen: Seen) -> list[str]:
         found.append("the source ran, though its guest had been paused")
     if seen.destination.ran:
         found.append("the destination ran, though the guest had been paused")
-    moved = seen.destination.state == "paused"
+    moved = seen.destination.loaded
     if not moved and not (seen.source.state in _LEFT_STANDING or seen.source.state == "gone"):
         found.append(f"the paused source is {seen.source.state!r}")
     if seen.exit_code is not None and seen.exit_code in (0, 1):
         expected = seen.exit_code == 0 and not seen.plan.memory_only
-        if moved != expected and not _is(seen, *ENDS_DESTINATION):
+        if moved != expected:
             found.append(
                 f"exit code {seen.exit_code}, but the destination is {seen.destination.state!r}"
             )
@@ -171,13 +177,12 @@ def _done(seen: Seen) -> list[str]:
     found = []
     if seen.source.runs and not by_the_operator(seen):
         found.append("exit code 0, but the source runs")
-    arrived = seen.destination.ran or (
-        seen.destination.state == "paused" and (seen.plan.paused or _is(seen, Fault.SOURCE_STOP))
-    )
+    may_stand = seen.plan.paused or _stopped_by_the_operator(seen)
+    arrived = seen.destination.ran or (seen.destination.loaded and may_stand)
     if not arrived:
         found.append("exit code 0, but the destination never ran")
-    stands = _is(seen, *ENDS_DESTINATION, Fault.DESTINATION_STOP, Fault.SOURCE_STOP)
-    if arrived and not (seen.destination.runs or seen.plan.paused or stands):
+    stands = may_stand or _is(seen, *ENDS_DESTINATION, Fault.DESTINATION_STOP)
+    if arrived and not (seen.destination.runs or stands):
         found.append(f"exit code 0, but the destination is {seen.destination.state!r}")
     return found
 
@@ -190,7 +195,7 @@ def _source_runs(seen: Seen) -> list[str]:
     late = seen.struck is not None and seen.struck.phase in _AFTER_THE_DECISION
     excused = (
         seen.plan.paused
-        or (_is(seen, Fault.SOURCE_STOP) and source.state == "paused")
+        or (_stopped_by_the_operator(seen) and source.state == "paused")
         or (_is(seen, *ENDS_SOURCE) and source.state == "gone" and late)
     )
     if not source.runs and not excused:
@@ -250,7 +255,7 @@ def receiver_is_true(seen: Seen) -> list[str]:
         if code is not None and not _is(seen, Fault.RECEIVER_KILL, Fault.RECEIVER_HUP):
             return [f"the receiver was ended by signal {-code}"]
         return []
-    arrived = destination.ran or (destination.state == "paused")
+    arrived = destination.ran or destination.loaded
     if code == 0 and not arrived:
         return ["the receiver's exit code is 0, but the destination never ran"]
     if code == 1 and destination.ran:

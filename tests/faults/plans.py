@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from random import Random
 
@@ -57,6 +58,11 @@ class Plan:
         return " ".join(words)
 
 
+def _impossible() -> frozenset[Fault]:
+    """Faults that need to be root: a file system is only filled up that was mounted for it."""
+    return frozenset() if os.geteuid() == 0 else frozenset({Fault.DESTINATION_FULL})
+
+
 def draw(seed: int, *, hosts_share: float = 0.3, only: frozenset[Fault] = frozenset()) -> Plan:
     """Make the plan of a seed.
 
@@ -72,7 +78,8 @@ def draw(seed: int, *, hosts_share: float = 0.3, only: frozenset[Fault] = frozen
     possible = [
         fault
         for fault in (*Fault, *_TWICE)
-        if (two_hosts or fault not in TWO_HOSTS_ONLY)
+        if fault not in _impossible()
+        and (two_hosts or fault not in TWO_HOSTS_ONLY)
         and (not paused or fault in PLAIN)
         and (not only or fault in only)
     ]

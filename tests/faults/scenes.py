@@ -23,7 +23,7 @@ from bench.processes import is_running
 from bench.twohosts import TwoHosts
 from migrator.guest import Workload, boot_image, check_walk, heartbeats
 from migrator.vm import Vm
-from tests.faults.commands import TOKEN, Command
+from tests.faults.commands import TOKEN, Command, processes_of
 from tests.faults.kinds import Fault
 from tests.faults.monitors import Monitor, running_intervals
 from tests.faults.plans import MIB, Plan
@@ -92,6 +92,14 @@ class Side:
         gone = [at for at in (self.monitor.lost_at_s, self.struck_s) if at is not None]
         gone += [event.at_s for event in self.monitor.events if event.name == "SHUTDOWN"]
         return running_intervals(self.began_s, self.monitor.events, min(gone, default=None))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether QEMU said that it has loaded all of a VM; of a destination only."""
+        return self.name == "destination" and any(
+            event.name == "MIGRATION" and event.data.get("status") == "completed"
+            for event in self.monitor.events
+        )
 
     def kill(self) -> None:
         """End its process at once."""
@@ -267,6 +275,9 @@ class Scene:
                 await side.monitor.close()
         for vm in self._vms:
             await vm.stop()
+        for pid in processes_of(self.token):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _ram_of(side: Side) -> NDArray[np.uint8]:

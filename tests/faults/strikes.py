@@ -35,6 +35,11 @@ class Strike:
         """Whether QEMU did at least one of the commands, or none was given."""
         return not self.answers or "done" in self.answers
 
+    @property
+    def half_accepted(self) -> bool:
+        """Whether QEMU did the first of the commands, and refused a later one."""
+        return self.answers[:1] == ["done"] and any(each != "done" for each in self.answers)
+
 
 Rest = Callable[[], Awaitable[None]]
 """What remains of a fault after the command, if it was held, has gone on."""
@@ -250,6 +255,7 @@ _ACTIONS: dict[Fault, _Action] = {
     Fault.DESTINATION_KILL: _killed(_destination),
     Fault.DESTINATION_FREEZE: _frozen(_destination),
     Fault.DESTINATION_CONT: _told(_destination, "cont"),
+    Fault.DESTINATION_CONT_BURST: _told_again_and_again(_destination, "cont"),
     Fault.DESTINATION_STOP: _told(_destination, "stop"),
     Fault.DESTINATION_STOP_CONT: _told_to_stop_and_go(_destination),
     Fault.DESTINATION_RESET: _told(_destination, "system_reset"),

@@ -20,7 +20,10 @@ from tests.faults.scenes import beats_problem, walk_problem
 from tests.faults.strikes import Strike
 
 FOREVER = float("inf")
-MOVED = SideSeen("postmigrate", ((0.0, 10.0),)), SideSeen("running", ((10.1, FOREVER),))
+MOVED = (
+    SideSeen("postmigrate", ((0.0, 10.0),)),
+    SideSeen("running", ((10.1, FOREVER),), loaded=True),
+)
 STAYED = SideSeen("running", ((0.0, 10.0), (10.2, FOREVER))), SideSeen("gone")
 DONE = {"status": "completed", "verified_pages": 100, "mismatched_pages": 0}
 GIVEN_UP = {"status": "failed"}
@@ -63,6 +66,7 @@ GONE = SideSeen("gone", ((0.0, 9.9),))
 OPERATED = SideSeen("running", ((0.0, 10.0), (10.5, FOREVER)))
 PAUSED = SideSeen("paused", ((0.0, 1.0),))
 NEVER_RAN = SideSeen("gone")
+STANDS = SideSeen("paused", loaded=True)
 
 FINE = {
     "moved": seen(0, MOVED),
@@ -81,7 +85,14 @@ FINE = {
     "it ended there": seen(
         0, (MOVED[0], SideSeen("gone", ((10.1, 11.0),))), Fault.DESTINATION_KILL, "finish"
     ),
-    "paused, and moved": seen(0, (PAUSED, SideSeen("paused")), plan=plan(paused=True)),
+    "paused, and moved": seen(0, (PAUSED, STANDS), plan=plan(paused=True)),
+    "paused, moved and ended there": seen(
+        0, (PAUSED, replace(STANDS, state="gone")), plan=plan(Fault.DESTINATION_KILL, paused=True)
+    ),
+    "stopped by the operator, whose cont was refused": seen(
+        0, (PAUSED, STANDS), Fault.SOURCE_STOP_CONT,
+        struck=Strike("switchover", 9.9, ["done", "cont: refused"]),
+    ),
     "paused, and not moved": seen(
         1, (PAUSED, NEVER_RAN), Fault.COMMAND_INT, plan=plan(Fault.COMMAND_INT, paused=True)
     ),
@@ -127,6 +138,7 @@ BROKEN = [
     ("one_runs", replace(FINE["paused, and moved"], destination=MOVED[1])),
     ("one_runs", replace(FINE["paused, and not moved"], source=STAYED[0])),
     ("one_runs", replace(FINE["paused, and not moved"], exit_code=0, said=DONE)),
+    ("one_runs", seen(0, (PAUSED, STANDS), Fault.SOURCE_STOP_CONT)),
     ("heart_beats_on", replace(FINE["moved"], beats_problem="heartbeat 7 where 5 was expected")),
     ("memory_is_whole", replace(FINE["moved"], walk_problem="page 3 is at 9, but page 4 at 7")),
     ("memory_is_whole", replace(FINE["moved"], said={**DONE, "mismatched_pages": 2})),

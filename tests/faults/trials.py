@@ -175,7 +175,7 @@ async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
 async def _side(side: Side) -> SideSeen:
     state = await side.monitor.run_state()
     if state in ("gone", "mute"):
-        return SideSeen(state, side.intervals())
+        return SideSeen(state, side.intervals(), loaded=side.loaded)
     changed: tuple[str, ...] = ()
     with contextlib.suppress(MonitorLost):
         now = await side.monitor.settings()
@@ -185,7 +185,8 @@ async def _side(side: Side) -> SideSeen:
             if now.get(name) != side.before.get(name)
         )
     process = Received(side.console.parent, side.pid, side.console)
-    return SideSeen(state, side.intervals(), changed, tuple(Pair.traces(process)))
+    traces = tuple(Pair.traces(process))
+    return SideSeen(state, side.intervals(), side.loaded, changed, traces)
 
 
 def _beats(scene: Scene, moved: bool) -> str:
