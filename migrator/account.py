@@ -112,7 +112,9 @@ class Account:
         """Tell whoever watches."""
         try:
             self._watch(self._progress())
-        except Exception:  # noqa: BLE001 (theirs, whatever it is)
+        # theirs, whatever it is; rich exits the program where the terminal is gone, which would end
+        # the event loop in the middle of a migration
+        except (Exception, SystemExit):  # noqa: BLE001
             _log.exception("whoever watches the migration failed; it goes on unwatched")
             self._watch = lambda _: None
 

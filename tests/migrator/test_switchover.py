@@ -583,12 +583,15 @@ def test_cancelled_in_the_moment_it_is_done() -> None:
 
 
 @pytest.mark.live
-def test_whoever_watches_fails_when_it_is_done() -> None:
-    """As a display does whose terminal is gone."""
+@pytest.mark.parametrize("phase", [Phase.ROUNDS, Phase.FINAL_SEND, Phase.RESUME, Phase.FINISH])
+@pytest.mark.parametrize("failure", [BrokenPipeError, SystemExit])
+def test_a_watching_function_that_fails(failure: type[BaseException], phase: Phase) -> None:
+    """As a display does whose terminal is gone: rich exits the program then."""
 
     def watch(progress: Progress, _: asyncio.Task[Report]) -> None:
-        if progress.phase == Phase.FINISH.value:
-            raise BrokenPipeError
+        if progress.phase == phase.value:
+            raise failure
 
-    _, found = moved(watch)
+    outcome, found = moved(watch)
     assert found == ["destination runs"]
+    assert isinstance(outcome, Report)
