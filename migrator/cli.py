@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click  # everything slower is imported where it is used, where Ctrl-C is click's to catch
 
-from migrator import cli_control, cli_hosts, cli_record, cli_watch
+from migrator import cli_control, cli_hosts, cli_record, cli_watch, output
 from migrator.cli_keys import keys
 from migrator.cli_report import report_option
 from migrator.cli_shared import (
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Exit codes:
   0  done
-  1  failed or aborted; the source still runs
+  1  failed or aborted; the source still runs, or stands as another client left it
   2  usage or configuration
   3  refused by preflight; nothing was changed
   4  cannot say which side may run, or neither does: what is known is printed
+  5  the guest ended while it was moved; neither side has it
+  6  the source cannot be reached; nothing was begun, and nothing is known of it
 """
 
 
@@ -41,6 +43,7 @@ Exit codes:
 @click.version_option(package_name="qemu-migrator")
 def main(verbose: int) -> None:
     """Move running QEMU VMs, from outside QEMU, without losing a page."""
+    output.install()
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(relativeCreated)8.0f ms %(name)s: %(message)s")
     # a lost connection reaches us as an exception

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from migrator import output
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -112,6 +114,8 @@ def _watch(paths: list[Path], as_json: bool) -> None:
         for path, answer in control_client.watch(paths):
             if as_json:
                 print(json.dumps({"socket": str(path), **_as_json(answer)}), flush=True)
+                if output.reader_is_gone():
+                    return
             if isinstance(answer, ControlError) or "ended" in answer:
                 found.pop(path, None)
                 console.print(f"{path.stem}: {_how(answer)}", markup=False, soft_wrap=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from migrator import output
 from migrator.cli_report import report_option
 from migrator.cli_shared import conclude, fail, json_option, limit_options, memory_only_option
 
 if TYPE_CHECKING:
+    from migrator.reception import Received
     from migrator.transport.session import Link
 
 
@@ -131,24 +132,31 @@ def receive(
     if (destination is None) == (not command):
         raise click.UsageError("give either --destination QMP, or -- and QEMU's command line")
     keys = _secured(tls, insecure)
+    ending = output.Ending()
     with Display() as display:
-        try:
-            received = asyncio.run(
-                do_receive(
-                    listen, destination or list(command), keys=keys, peer=peer, say=display.say
-                )
+
+        async def until_decided() -> Received:
+            received = await do_receive(
+                listen, destination or list(command), keys=keys, peer=peer, say=display.say
             )
+            ending.decide(received.exit_code)
+            return received
+
+        try:
+            received = asyncio.run(until_decided())
         except MigratorError as error:
             fail(error, as_json)
         except asyncio.CancelledError:
-            click.echo("interrupted", err=True)
-            if as_json:
-                print(json.dumps({"status": "aborted", "reason": "interrupted"}))
-            sys.exit(1)
-        display.say(received.words())
+            ending.decide(1)
+            ending.leave(lambda: _tell("interrupted", as_json, status="aborted"))
+    ending.decide(received.exit_code)
+    ending.leave(lambda: _tell(received.words(), as_json, **received.to_json()))
+
+
+def _tell(words: str, as_json: bool, **said: Any) -> None:
+    click.echo(words, err=True)
     if as_json:
-        print(json.dumps(received.to_json()), flush=True)
-    sys.exit(received.exit_code)
+        print(json.dumps({"reason": words, **said}), flush=True)
 
 
 @click.command()
@@ -299,8 +307,13 @@ def resolve(
         found = asyncio.run(do_resolve(source, link, decide, gone=destination_is_gone))
     except MigratorError as error:
         fail(error, as_json)
-    for sentence in found.sentences:
-        click.echo(sentence, err=True)
-    if as_json:
-        print(json.dumps(found.to_json()), flush=True)
-    sys.exit(found.exit_code)
+    ending = output.Ending()
+    ending.decide(found.exit_code)
+
+    def tell_all() -> None:
+        for sentence in found.sentences:
+            click.echo(sentence, err=True)
+        if as_json:
+            print(json.dumps(found.to_json()), flush=True)
+
+    ending.leave(tell_all)

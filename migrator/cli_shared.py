@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from migrator import cli_report
+from migrator import cli_report, output
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from migrator.display import Display
+    from migrator.errors import MigratorError
     from migrator.report import Progress, Report
 
     Begin = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Report]]
@@ -169,38 +172,76 @@ def conclude(
     """
     import asyncio
 
-    from migrator.display import summary
-    from migrator.errors import ConfigError, MigrationError, MigratorError
+    from migrator.errors import MigratorError
 
+    ending = output.Ending()
     try:
         cli_report.check(page)
-        report = asyncio.run(_interruptible(begin, what, display))
+        with output.impatient():
+            report = asyncio.run(_interruptible(begin, what, display, ending))
     except MigratorError as error:
-        display.__exit__()
-        with contextlib.ExitStack() as at_last:
-            if not isinstance(error, ConfigError):
-                known = error.report if isinstance(error, MigrationError) else None
-                at_last.callback(cli_report.write, page, known, what)
-            fail(error, as_json)
-    except asyncio.CancelledError:
-        display.__exit__()
-        click.echo("interrupted", err=True)
-        if as_json:
-            print(json.dumps({"status": "aborted", "reason": "interrupted"}))
-        sys.exit(1)
+        ended: MigratorError | None = error
+        ending.decide(error.exit_code)
+        ending.leave(lambda: _tell_failure(ended, what, display, as_json, page))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        ending.decide(1)
+        ending.leave(lambda: _tell_interrupted(display, as_json))
+    except Exception as error:  # noqa: BLE001 (a defect: nothing can be said of either side)
+        _log.exception("unexpected")
+        said = repr(error)
+        ending.decide(4)
+        ending.leave(lambda: _tell_unexpected(said, display, as_json))
+    ending.leave(lambda: _tell_completed(report, what, display, as_json, page))
+
+
+def _tell_completed(
+    report: Report, what: str, display: Display, as_json: bool, page: Path | None
+) -> None:
+    from migrator.display import summary
+
     display.__exit__()
-    summary(report, display.console)
+    with _words_first():
+        summary(report, display.console)
     if as_json:
         print(report.to_json(), flush=True)
     cli_report.write(page, report, what)
 
 
-async def _interruptible(begin: Begin, what: str, display: Display) -> Report:
+def _tell_failure(
+    error: MigratorError | None, what: str, display: Display, as_json: bool, page: Path | None
+) -> None:
+    from migrator.errors import ConfigError, MigrationError
+
+    display.__exit__()
+    tell(error, as_json)
+    if not isinstance(error, ConfigError):
+        known = error.report if isinstance(error, MigrationError) else None
+        cli_report.write(page, known, what)
+
+
+def _tell_interrupted(display: Display, as_json: bool) -> None:
+    display.__exit__()
+    click.echo("interrupted", err=True)
+    if as_json:
+        print(json.dumps({"status": "aborted", "reason": "interrupted"}), flush=True)
+
+
+def _tell_unexpected(said: str, display: Display, as_json: bool) -> None:
+    display.__exit__()
+    click.echo(f"unexpected, a defect of this program: {said}; look at both VMs", err=True)
+    if as_json:
+        print(json.dumps({"status": "failed", "reason": said}), flush=True)
+
+
+async def _interruptible(
+    begin: Begin, what: str, display: Display, ending: output.Ending
+) -> Report:
+    """Migrate; the status is decided as soon as it is known."""
     import asyncio
     from contextlib import AsyncExitStack
 
     from migrator.control import ControlSocket
-    from migrator.errors import ControlError
+    from migrator.errors import ControlError, MigratorError
     from migrator.settle import cancelled_by_signals
 
     def watch(progress: Progress) -> None:
@@ -215,18 +256,47 @@ async def _interruptible(begin: Begin, what: str, display: Display) -> Report:
                 await stack.enter_async_context(control)
             except ControlError as error:
                 display.say(f"warning: neither status nor cancel will find this: {error}")
-            return await task
+            try:
+                report = await task
+            except MigratorError as error:
+                ending.decide(error.exit_code)
+                raise
+            ending.decide(0)
+            return report
 
 
 def fail(error: Any, as_json: bool) -> NoReturn:
     """Print why something failed, and exit with the code that stands for it."""
+    ending = output.Ending()
+    ending.decide(error.exit_code)
+    ending.leave(lambda: tell(error, as_json))
+
+
+@contextlib.contextmanager
+def _words_first() -> Iterator[None]:
+    """Words for people must not be in the way of the object for programs."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        _log.exception("could not be printed")
+
+
+def tell(error: Any, as_json: bool) -> None:
+    """Print why something failed."""
+    said: dict[str, Any] = {"status": "failed", "reason": str(error)}
+    with _words_first():
+        said = _tell_people(error, said)
+    if as_json:
+        print(json.dumps(said), flush=True)
+
+
+def _tell_people(error: Any, said: dict[str, Any]) -> dict[str, Any]:
     from rich.console import Console
 
     from migrator.display import findings, summary
     from migrator.errors import MigrationError, Refused, Undecided
 
     console = Console(stderr=True, highlight=False)
-    said: dict[str, Any] = {"status": "failed", "reason": str(error)}
     if isinstance(error, Refused):
         findings(error.findings, console)
         said["status"] = "aborted"
@@ -241,6 +311,4 @@ def fail(error: Any, as_json: bool) -> NoReturn:
     else:
         console.print("[bold red]error[/]: ", end="")
         console.print(str(error), markup=False)
-    if as_json:
-        print(json.dumps(said), flush=True)
-    sys.exit(error.exit_code)
+    return said

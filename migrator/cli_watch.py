@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from migrator import output
 from migrator.cli_shared import fail
 
 if TYPE_CHECKING:
@@ -134,6 +133,8 @@ def _conclude(source: str, options: Options, as_json: bool) -> None:
             view.show(sight)
             if as_json:
                 print(json.dumps(sight.to_json()), flush=True)
+                if output.reader_is_gone():
+                    raise BrokenPipeError
 
         try:
             asyncio.run(_interruptible(source, options, show))
@@ -144,7 +145,7 @@ def _conclude(source: str, options: Options, as_json: bool) -> None:
             view.__exit__()
             click.echo("no longer watched; the VM goes on", err=True)
         except BrokenPipeError:  # as of "| head": no need to say more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            pass
 
 
 async def _interruptible(source: str, options: Options, show: Callable[[Sight], None]) -> None:

@@ -7,6 +7,7 @@
     ├── ControlError        a running migration cannot be asked            exit code 1
     ├── VmError             a QEMU that we started, or its QMP, failed     exit code 1
     │   ├── QmpUnreachable  nobody answers at that socket
+    │   │   └── SourceUnreachable  nothing was begun, nothing is known      exit code 6
     │   ├── CommandFailed   QEMU refused a command
     │   ├── Unconfirmed     it may run by now, or not
     │   ├── NotStanding     it ran, was reset or ended while it was handed over
@@ -118,6 +119,12 @@ class VmError(MigratorError):
 
 class QmpUnreachable(VmError):
     """Nobody answers at a QMP socket, or the connection was lost."""
+
+
+class SourceUnreachable(QmpUnreachable):
+    """The source cannot be asked, before anything was begun: nothing is known, and unchanged."""
+
+    exit_code = 6
 
 
 class CommandFailed(VmError):

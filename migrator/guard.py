@@ -142,10 +142,15 @@ def main() -> int:
     try:
         outcome = asyncio.run(_end_well(wards, step, destination_pidfd))
     except (MigratorError, OSError) as error:
-        print(f"migrator guard: {error}; look at both VMs yourself", file=sys.stderr)
+        _tell(f"{error}; look at both VMs yourself")
         return 4
-    print(f"migrator guard: the orchestrator is gone; {outcome}", file=sys.stderr)
+    _tell(f"the orchestrator is gone; {outcome}")
     return 0
+
+
+def _tell(words: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone, too
+        print(f"migrator guard: {words}", file=sys.stderr, flush=True)
 
 
 def _before(told: dict[str, Any]) -> Before:

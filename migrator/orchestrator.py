@@ -21,6 +21,8 @@ from migrator.errors import (
     GuestEnded,
     MigrationError,
     MigratorError,
+    QmpUnreachable,
+    SourceUnreachable,
     Undecided,
     VmError,
 )
@@ -93,7 +95,8 @@ async def migrate(
     :return: the report of a migration that completed: the destination runs, the source never will;
         of a rehearsal: the source runs on
     :raise Refused: preflight found reasons not to begin
-    :raise VmError: a QEMU does not answer
+    :raise SourceUnreachable: the source does not answer, and nothing was begun
+    :raise VmError: the destination does not answer
     :raise LinkError: the other host does not answer, or is not the one that was expected
     :raise Aborted: given up; the source runs. The report is in the error, as in the next two
     :raise Failed: something broke; the source runs
@@ -104,13 +107,25 @@ async def migrate(
         raise ConfigError("expected two sockets: source and destination are the same")
     watch(Progress("compile", 0, 0, 0, 0, 0.0))  # seconds, but only the first time
     await in_thread(warm_up)
-    async with _connected("source", source) as source_qmp, _reached(destination) as there:
+    async with _source(source) as source_qmp, _reached(destination) as there:
         return await Migration(source_qmp, there, options or Options(), watch).run()
 
 
 @contextlib.asynccontextmanager
 async def _connected(name: str, path: str) -> AsyncIterator[Qmp]:
     qmp = await Qmp.connect(name, path)
+    try:
+        yield qmp
+    finally:
+        await settle(qmp.close(), too_late=True)
+
+
+@contextlib.asynccontextmanager
+async def _source(path: str) -> AsyncIterator[Qmp]:
+    try:
+        qmp = await Qmp.connect("source", path)
+    except QmpUnreachable as error:
+        raise SourceUnreachable(error.vm, error.reason) from error
     try:
         yield qmp
     finally:
@@ -168,7 +183,10 @@ class Migration:
             )
             self._began = self._source.mark()
             self._before = before = await remember(self._source, plan.was_running)
-        except (TrackerError, OSError) as error:
+        except (TrackerError, OSError, VmError) as error:
+            await self._check_reachable(error)
+            if isinstance(error, VmError):
+                raise
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
         if before.settings.capabilities.get("x-ignore-shared"):
@@ -323,6 +341,16 @@ class Migration:
             await put_back(self._source, self._before.settings)
         except VmError as error:  # it may have been ended already
             _log.info("the source is not as it was before: %s", error)
+
+    async def _check_reachable(self, why: Exception) -> None:
+        """Check that the source answers still, before it is said to run.
+
+        :raise SourceUnreachable: it does not
+        """
+        try:
+            await self._source.run_state()
+        except VmError:
+            raise SourceUnreachable("source", str(why)) from why
 
     # -- the ends -------------------------------------------------------------------------------
 

@@ -71,9 +71,15 @@ async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.
 
 @contextmanager
 def cancelled_by_signals(task: asyncio.Future[Any]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM cancel ``task``, as often as they come; then let be what was."""
+    """Have SIGINT, SIGTERM and SIGHUP cancel ``task``, as often as they come; then undo that.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    """
     loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         loop.add_signal_handler(number, task.cancel)
     try:

@@ -1,0 +1,153 @@
+"""Standard output and error of the commands: text that cannot be written is dropped.
+
+A migration does not fail because its terminal is gone or a disk is full. The exit status of a
+command is decided before anything about it is printed, and neither a stream that breaks nor a
+signal that arrives while it is printed changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_PIECE = select.PIPE_BUF  # a pipe that polls as writable takes so many bytes without blocking
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stream(io.RawIOBase):
+    """A descriptor to write to, where writing never fails.
+
+    :ivar gone: whether something could not be written
+    :ivar patience_s: seconds for which a reader that reads nothing is waited for; ``None``: no
+        limit
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.gone = False
+        self.patience_s: float | None = None
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._fd)
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Write all of the data, or drop the rest; return the length of all of them."""
+        view = memoryview(data)
+        left = view
+        try:
+            while left and self._ready():
+                left = left[os.write(self._fd, left[:_PIECE]) :]
+        except OSError:
+            pass
+        self.gone = self.gone or bool(left)
+        return view.nbytes
+
+    def _ready(self) -> bool:
+        if self.gone and self.patience_s is not None:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        patience_ms = None if self.patience_s is None else self.patience_s * 1000
+        return bool(poll.poll(patience_ms))
+
+
+def install() -> None:
+    """Replace the standard streams of a command by such that never fail.
+
+    Streams that were replaced already, as by a test, are left alone. A descriptor that was closed
+    when the program was started is opened on ``/dev/null``, or a socket would get its number.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _text(1, sys.__stdout__)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _text(2, sys.__stderr__)
+
+
+def _text(fd: int, before: TextIO | None) -> io.TextIOWrapper:
+    stream = io.BufferedWriter(Stream(fd))
+    encoding = before.encoding if before is not None else "utf-8"
+    return io.TextIOWrapper(stream, encoding, errors="backslashreplace", line_buffering=True)
+
+
+def _raw(stream: TextIO | None) -> Stream | None:
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw if isinstance(raw, Stream) else None
+
+
+def reader_is_gone() -> bool:
+    """Whether something that was printed on stdout could not be written."""
+    raw = _raw(sys.stdout)
+    return raw is not None and raw.gone
+
+
+@contextlib.contextmanager
+def impatient(patience_s: float = 0.1) -> Iterator[None]:
+    """Within the block, a reader that reads nothing is waited for only so many seconds, once."""
+    streams = [raw for raw in (_raw(sys.stdout), _raw(sys.stderr)) if raw is not None]
+    for stream in streams:
+        stream.patience_s = patience_s
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.patience_s = None
+            stream.gone = False  # it may only have been slow
+
+
+class Ending:
+    """How a command ends: a status that is decided once.
+
+    Until then, SIGINT, SIGTERM and SIGHUP are a :exc:`KeyboardInterrupt`, which an event loop is
+    expected to handle itself; after it they end the command at once, with that status.
+    """
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self._before = [(number, signal.getsignal(number)) for number in _SIGNALS]
+        for number, handler in self._before:
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.status is not None:
+            os._exit(self.status)
+        raise KeyboardInterrupt
+
+    def decide(self, status: int) -> None:
+        """From now on, the command ends with this status; a second call changes nothing."""
+        if self.status is None:
+            self.status = status
+
+    def leave(self, printing: Callable[[], object]) -> NoReturn:
+        """Print, and end the command with the status that was decided."""
+        assert self.status is not None
+        try:
+            printing()
+        except Exception as error:  # noqa: BLE001 (nothing that is printed changes the status)
+            with contextlib.suppress(Exception):
+                print(f"could not be printed: {error!r}", file=sys.stderr)
+        sys.exit(self.status)
