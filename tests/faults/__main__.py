@@ -39,28 +39,36 @@ def main() -> int:
         print(f"seed {base}, {asked.count} migrations", flush=True)
     made = [plans.draw(seed, hosts_share=share, only=named) for seed in wanted]
 
-    done = 0
+    results: list[Result] = []
 
     def tell(result: Result) -> None:
-        nonlocal done
-        done += 1
-        print(f"{done:>4}/{len(made)} {result.line()}", flush=True)
+        results.append(result)
+        print(f"{len(results):>4}/{len(made)} {result.line()}", flush=True)
+
+    async def all_of_them() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await campaign.run(made, jobs=jobs, tell=tell, without=asked.without or ())
 
     began_s = time.monotonic()
     jobs = 1 if asked.only and asked.times == 1 else asked.jobs
-    results = asyncio.run(campaign.run(made, jobs=jobs, tell=tell, without=asked.without or ()))
+    try:
+        asyncio.run(all_of_them())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted: these are the results until then")
     print("\n" + campaign.table(results))
     if bad := [result for result in results if result.violations or result.broken]:
         print("\n" + campaign.by_kind(results))
         options = " ".join([f"--hosts {share:g}", *(f"--fault {f!r}" for f in asked.fault or [])])
         print("\n" + campaign.details(bad, options=options, timelines=bool(asked.only)))
-    elif asked.only:
+    elif asked.only and results:
         print("\n".join(results[-1].timeline))
     took_s = time.monotonic() - began_s
     violated = sum(bool(result.violations) for result in results)
     broken = sum(bool(result.broken) for result in results)
     print(f"\n{len(results)} migrations in {took_s:.0f} s; {violated} violated, {broken} not tried")
-    return 1 if bad else 0
+    return 1 if bad or len(results) < len(made) else 0
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Seen:
     :ivar said: the JSON object it printed, if it did
     :ivar stdout_open: whether it could print one
     :ivar complaints: tracebacks that the command and its helpers printed
+    :ivar decision_s: when the command came to the point of no return, in seconds since the epoch
     :ivar go_s: when the command went on after it had come to the point of no return
     :ivar beats_problem: of the heartbeats; likewise ``walk_problem`` of the guest's RAM
     :ivar left: processes and files of the product's that remain
@@ -63,6 +64,7 @@ class Seen:
     said: Mapping[str, Any] | None = None
     stdout_open: bool = True
     complaints: tuple[str, ...] = ()
+    decision_s: float | None = None
     go_s: float | None = None
     beats_problem: str = ""
     walk_problem: str = ""

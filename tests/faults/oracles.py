@@ -59,18 +59,29 @@ def never_two(seen: Seen) -> list[str]:
     if not seen.destination.ran:
         return []
     first_s = seen.destination.intervals[0][0]
-    excused_from_s = seen.go_s if by_the_operator(seen) else None
     found = []
     for began, ended in seen.source.intervals:
-        if excused_from_s is not None and began > excused_from_s:
-            continue
-        if ended > first_s:
+        if ended > first_s and not _resumed_in_vain(seen, began, ended):
             until = "and runs still" if ended == float("inf") else f"until {ended - first_s:+.4f} s"
             found.append(
                 f"the source ran, from {began - first_s:+.4f} s {until}, counted from when the "
                 "destination did"
             )
     return found
+
+
+def _resumed_in_vain(seen: Seen, began_s: float, ended_s: float) -> bool:
+    """Whether it was the operator that resumed the source, and nothing was lost by that.
+
+    From the decision on, the command may hold the source's vCPUs: a source that is resumed then
+    says so, but stands until it is stopped again. The heartbeats tell: they are judged as ever,
+    unless the operator let it run once more afterwards.
+    """
+    if not _is(seen, *CONTINUES_SOURCE) or seen.decision_s is None or seen.go_s is None:
+        return False
+    if began_s > seen.go_s:
+        return True
+    return began_s >= seen.decision_s and ended_s < float("inf")
 
 
 def one_runs(seen: Seen) -> list[str]:

@@ -51,6 +51,7 @@ def seen(
         "said": DONE if code == 0 else GIVEN_UP,
         "source": sides[0],
         "destination": sides[1],
+        "decision_s": 10.03,
         "go_s": 10.05,
     }
     return Seen(**{**known, **more})
@@ -64,6 +65,7 @@ def names(observation: Seen) -> set[str]:
 
 GONE = SideSeen("gone", ((0.0, 9.9),))
 OPERATED = SideSeen("running", ((0.0, 10.0), (10.5, FOREVER)))
+HELD = SideSeen("paused", ((0.0, 10.0), (10.04, 10.2)))
 PAUSED = SideSeen("paused", ((0.0, 1.0),))
 NEVER_RAN = SideSeen("gone")
 STANDS = SideSeen("paused", loaded=True)
@@ -79,6 +81,9 @@ FINE = {
     "not reachable": seen(6, (GONE, NEVER_RAN), Fault.SOURCE_KILL),
     "the guest has ended": seen(5, (GONE, NEVER_RAN), Fault.GUEST_ENDS),
     "the operator let the source run": seen(0, (OPERATED, MOVED[1]), Fault.SOURCE_CONT, "finish"),
+    "the operator resumed a source that was held": seen(
+        0, (HELD, MOVED[1]), Fault.SOURCE_CONT, "resume"
+    ),
     "the operator stopped it there": seen(
         0, (MOVED[0], SideSeen("paused", ((10.1, 11.0),))), Fault.DESTINATION_STOP, "finish"
     ),
@@ -115,6 +120,7 @@ def test_what_is_fine_is_no_violation(name: str) -> None:
 # -- the same, broken ------------------------------------------------------------------------------
 
 RAN_BOTH = replace(MOVED[0], intervals=((0.0, 10.0), (10.04, FOREVER)), state="running")
+EARLIER = replace(HELD, intervals=((0.0, 10.0), (10.02, 10.2)))
 FOR_A_MOMENT = replace(MOVED[0], intervals=((0.0, 10.0), (10.11, 10.12)))
 CHANGED = SideSeen("inmigrate", changed=("events",))
 NEITHER = SideSeen("postmigrate", ((0.0, 10.0),)), NEVER_RAN
@@ -126,6 +132,12 @@ BROKEN = [
     ("never_two", seen(0, (FOR_A_MOMENT, MOVED[1]))),
     # a source that ran before go is not the operator's affair: it could have been noticed
     ("never_two", seen(0, (RAN_BOTH, MOVED[1]), Fault.SOURCE_CONT)),
+    # it was resumed before the decision, which had to notice that
+    ("never_two", seen(0, (EARLIER, MOVED[1]), Fault.SOURCE_CONT)),
+    # it was not the operator that resumed it
+    ("never_two", seen(0, (HELD, MOVED[1]))),
+    # resumed after the decision, and not held: both have beaten
+    ("heart_beats_on", seen(0, (HELD, MOVED[1]), Fault.SOURCE_CONT, beats_problem="heartbeat 7")),
     # the source ends later than the destination begins
     ("never_two", seen(0, (replace(MOVED[0], intervals=((0.0, 10.1001),)), MOVED[1]))),
     # the old one is let run once the new one has died: what was written meanwhile is lost
