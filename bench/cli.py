@@ -12,7 +12,8 @@ import click  # everything slower is imported where it is used
 from bench import cli_foresight, cli_page, cli_simulate
 from bench.cli_shared import heed_sigterm, json_option, measuring, runs_option, write
 from bench.cli_strategies import strategies
-from migrator.cli_shared import SizeType
+from migrator import ranges
+from migrator.cli_shared import Number, SizeType
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,7 +83,7 @@ class _WorkloadType(click.ParamType[str]):
 @json_option
 @click.option(
     "--runs",
-    type=click.IntRange(min=1),
+    type=Number(ranges.RUNS),
     help="Samples of each, and of what of QEMU's was the best in something.  [default: 3]",
 )
 @click.option(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.cli_shared import heed_sigterm, json_option, measuring, write
+from migrator import ranges
+from migrator.cli_shared import Number
 
 if TYPE_CHECKING:
     from bench.foresight import Foreseen
@@ -25,7 +27,7 @@ def add_to(group: click.Group) -> None:
 @click.command()
 @click.option("--quick", is_flag=True, help="One guest, once: whether all is right.")
 @click.option(
-    "--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Of each; medians."
+    "--runs", type=Number(ranges.RUNS), default=3, show_default=True, help="Of each; medians."
 )
 @json_option
 def foresight(quick: bool, runs: int, file: Path | None) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 import click
 
+from migrator import ranges
+from migrator.cli_shared import Number
+
 json_option = click.option(
     "--json",
     "file",
@@ -21,7 +24,7 @@ json_option = click.option(
 )
 
 runs_option = click.option(
-    "--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Samples of each."
+    "--runs", type=Number(ranges.RUNS), default=5, show_default=True, help="Samples of each."
 )
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrator.cli_shared import SizeType, ThrottleType
+from migrator import ranges
+from migrator.cli_shared import Number, SizeType, ThrottleType
 
 if TYPE_CHECKING:
     from bench.replay import Replay
 
-_RATE = re.compile(r"([0-9.]+) *(MiB/s|GiB/s|Mbit/s|Gbit/s)?")
+_RATE = re.compile(r"([0-9.]{1,32}) *(MiB/s|GiB/s|Mbit/s|Gbit/s)?")
 _UNITS = {"MiB/s": float(1 << 20), "GiB/s": float(1 << 30), "Mbit/s": 125e3, "Gbit/s": 125e6}
 _LINKS = ("1Gbit/s", "10Gbit/s", "25Gbit/s", "100Gbit/s")
 _POLICIES = ("send-all", "defer-hot", "skip-unchanged", "adaptive")
@@ -36,7 +37,10 @@ class _Rate(click.ParamType[float]):
             rate = 0.0
         if not rate > 0:
             self.fail(f"expected MiB/s, or a number with Gbit/s, not {value!r}", param, ctx)
-        return rate
+        try:
+            return ranges.BANDWIDTH_BYTES_PER_S.check(round(rate))
+        except ValueError as error:
+            self.fail(f"{error}, not {value!r}", param, ctx)
 
 
 @click.command()
@@ -74,16 +78,16 @@ class _Rate(click.ParamType[float]):
 )
 @click.option(
     "--downtime-limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.DOWNTIME_MS),
     default=100.0,
     show_default=True,
     metavar="MS",
     help="Switch over once the expected downtime is not above this.",
 )
-@click.option("--max-rounds", type=click.IntRange(min=1), default=60, show_default=True)
+@click.option("--max-rounds", type=Number(ranges.ROUNDS), default=60, show_default=True)
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.MIGRATION_S),
     default=300.0,
     show_default=True,
     help="Give up after so long.",

@@ -19,7 +19,8 @@ from pydantic import (
 
 from bench.guests import Guest
 from bench.strategy import Strategy, parse
-from migrator.config import Size
+from migrator import ranges
+from migrator.config import Size, in_range
 from migrator.errors import ConfigError
 
 
@@ -65,9 +66,9 @@ class Grid(_Strict):
     strategies: Annotated[list[Annotated[Strategy, BeforeValidator(_parsed)]], Field(min_length=1)]
     workloads: Annotated[list[str], Field(min_length=1)]
     memory: Annotated[list[Size], Field(min_length=1)]
-    pairs: int = Field(default=5, ge=1)
-    span_s: float = Field(default=0.4, gt=0)
-    collections: int = Field(default=3, ge=1)
+    pairs: Annotated[int, in_range(ranges.RUNS)] = 5
+    span_s: Annotated[float, in_range(ranges.WAIT_S)] = 0.4
+    collections: Annotated[int, in_range(ranges.RUNS)] = 3
 
     @model_validator(mode="after")
     def _guests_make_sense(self) -> Grid:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click  # everything slower is imported where it is used, where Ctrl-C is click's to catch
 
-from migrator import cli_control, cli_hosts, cli_record, cli_watch, output
+from migrator import cli_control, cli_hosts, cli_record, cli_watch, output, ranges
 from migrator.cli_keys import keys
 from migrator.cli_report import report_option
 from migrator.cli_shared import (
+    Number,
     SizeType,
     conclude,
     fail,
@@ -69,7 +70,7 @@ cli_watch.add_to(main)
 )
 @click.option(
     "--write-rate",
-    type=click.IntRange(min=0),
+    type=Number(ranges.PAGES_PER_S),
     default=0,
     show_default=True,
     metavar="PAGES/S",

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrator import output
+from migrator import output, ranges
 from migrator.cli_report import report_option
-from migrator.cli_shared import conclude, fail, json_option, limit_options, memory_only_option
+from migrator.cli_shared import (
+    Number,
+    conclude,
+    fail,
+    json_option,
+    limit_options,
+    memory_only_option,
+)
 
 if TYPE_CHECKING:
     from migrator.reception import Received
@@ -37,19 +44,6 @@ class _Address(click.ParamType[tuple[str, int]]):
             return parse_address(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-class _Rate(click.ParamType[float]):
-    name = "MiB/s"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            rate = float(value)
-        except ValueError:
-            rate = 0.0
-        if not rate > 0:
-            self.fail(f"expected a number of MiB a second, not {value!r}", param, ctx)
-        return rate
 
 
 def _secured(tls: Path | None, insecure: bool) -> str | None:
@@ -166,7 +160,7 @@ def _tell(words: str, as_json: bool, **said: Any) -> None:
 @_peer
 @click.option(
     "--streams",
-    type=click.IntRange(1, 32),
+    type=Number(ranges.STREAMS),
     default=2,
     show_default=True,
     help="Connections for pages.",
@@ -178,17 +172,22 @@ def _tell(words: str, as_json: bool, **said: Any) -> None:
     metavar="none|auto|zstd[:LEVEL]",
     help="auto measures, and compresses where the link is slower than the compressor.",
 )
-@click.option("--bandwidth", type=_Rate(), metavar="MiB/s", help="Send no faster than this.")
+@click.option(
+    "--bandwidth",
+    type=Number(ranges.BANDWIDTH_MIB_PER_S),
+    metavar="MiB/s",
+    help="Send no faster than this.",
+)
 @click.option(
     "--reconnect-seconds",
-    type=click.FloatRange(min=0),
+    type=Number(ranges.RECONNECT_S),
     default=30.0,
     show_default=True,
     help="How long to try to reach a host again that was lost while the guest runs.",
 )
 @click.option(
     "--silence-seconds",
-    type=click.FloatRange(min=0.1),
+    type=Number(ranges.SILENCE_S),
     default=10.0,
     show_default=True,
     help="A host that acknowledges nothing for so long is lost.",

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click  # everything slower is imported where it is used
 
+from migrator import ranges
+from migrator.cli_shared import Number
+
 if TYPE_CHECKING:
     from migrator.keys import Certificate
 
@@ -18,7 +21,7 @@ _directory = click.argument(
 )
 _days = click.option(
     "--days",
-    type=click.IntRange(1, 3650),
+    type=Number(ranges.DAYS),
     default=825,
     show_default=True,
     help="How long the hosts' certificates are valid.",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.cli_shared import fail
+from migrator import ranges
+from migrator.cli_shared import Number, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,13 +34,13 @@ def add_to(group: click.Group) -> None:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.WATCH_S),
     metavar="N",
     help="How long to record. Default: until Ctrl-C.",
 )
 @click.option(
     "--interval-ms",
-    type=click.FloatRange(min=1),
+    type=Number(ranges.INTERVAL_MS),
     default=50.0,
     show_default=True,
     metavar="M",

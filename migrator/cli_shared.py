@@ -12,16 +12,33 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from migrator import cli_report, output
+from migrator import cli_report, output, ranges
 
 _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from migrator.display import Display
     from migrator.errors import MigratorError
+    from migrator.ranges import Range
     from migrator.report import Progress, Report
 
     Begin = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Report]]
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; a whole one, as ``int``, where the range says so."""
+
+    def __init__(self, numbers: Range) -> None:
+        super().__init__(numbers.least, numbers.most)
+        self.name = f"{'integer' if numbers.whole else 'float'} range"
+        self.numbers = numbers
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """See :meth:`migrator.ranges.Range.parse`."""
+        try:
+            return self.numbers.parse(value)
+        except ValueError as error:
+            self.fail(f"{error}, not {value!r}", param, ctx)
 
 
 class SizeType(click.ParamType[int]):
@@ -86,7 +103,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option(
                 "--downtime-limit",
-                type=click.FloatRange(min=0, min_open=True),
+                type=Number(ranges.DOWNTIME_MS),
                 default=100.0,
                 show_default=True,
                 metavar="MS",
@@ -94,14 +111,14 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--max-rounds",
-                type=click.IntRange(min=1),
+                type=Number(ranges.ROUNDS),
                 default=60,
                 show_default=True,
                 help="Give up after so many rounds.",
             ),
             click.option(
                 "--max-seconds",
-                type=click.FloatRange(min=0, min_open=True),
+                type=Number(ranges.MIGRATION_S),
                 default=300.0,
                 show_default=True,
                 help="Give up after so long.",
@@ -115,7 +132,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--max-standstill",
-                type=click.FloatRange(min=1),
+                type=Number(ranges.STANDSTILL_S),
                 metavar="SECONDS",
                 help="The most that the guest may stand, comparing included; after that it goes on "
                 "at the source. Default: ten times the downtime limit, three times the expected "

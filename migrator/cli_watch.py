@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import output
-from migrator.cli_shared import fail
+from migrator import output, ranges
+from migrator.cli_shared import Number, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,13 +29,13 @@ def add_to(group: click.Group) -> None:
 @click.option("--source", required=True, metavar="QMP", help="QMP socket of the running QEMU.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.WATCH_S),
     metavar="N",
     help="How long to watch. Default: until Ctrl-C.",
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=Number(ranges.INTERVAL_S),
     default=1.0,
     show_default=True,
     metavar="S",
@@ -43,7 +43,7 @@ def add_to(group: click.Group) -> None:
 )
 @click.option(
     "--bandwidth",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.BANDWIDTH_MIB_PER_S),
     default=1000.0,
     show_default=True,
     metavar="MiB/s",
@@ -51,7 +51,7 @@ def add_to(group: click.Group) -> None:
 )
 @click.option(
     "--downtime-limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(ranges.DOWNTIME_MS),
     default=100.0,
     show_default=True,
     metavar="MS",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,24 +19,27 @@ from pydantic import (
     model_validator,
 )
 
+from migrator import ranges
 from migrator.errors import ConfigError
+from migrator.ranges import Range
 from migrator.throttling import AUTO
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_PORT = re.compile(r"[0-9]{1,5}")  # in str.isdigit() are digits that int() does not read
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_size(text: object) -> int:
     """``64M`` or a number of bytes → bytes; K, M, G and T are powers of 1024.
 
-    :raise ValueError: it is neither
+    :raise ValueError: it is neither, or more than any machine has
     """
     if isinstance(text, int) and not isinstance(text, bool):
-        return text
+        return int(ranges.SIZE_BYTES.check(text))
     found = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     if found is None:
         raise ValueError("expected a size such as 64M or 2G")
-    return int(found[1]) << _UNITS[found[2].upper()]
+    return int(ranges.SIZE_BYTES.check(int(found[1]) << _UNITS[found[2].upper()]))
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -48,7 +52,7 @@ def parse_address(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"expected an IPv6 address in brackets, not {text!r}")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not _PORT.fullmatch(port) or int(port) > 65535:
         raise ValueError(f"expected HOST:PORT, not {text!r}")
     return host, int(port)
 
@@ -64,10 +68,15 @@ def parse_throttle(text: object) -> int:
         return 0
     if text == "auto":
         return AUTO
-    found = re.fullmatch(r"(\d{1,2})\s*%?", str(text).strip())
+    found = re.fullmatch(r"([0-9]{1,2})\s*%?", str(text).strip())
     if found is None or isinstance(text, bool):
         raise ValueError("expected auto, off, or at most 99 %")
     return int(found[1])
+
+
+def in_range(numbers: Range) -> AfterValidator:
+    """A number of a configuration file is in its range; see :mod:`migrator.ranges`."""
+    return AfterValidator(numbers.check)
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -85,7 +94,7 @@ class Console(_Strict):
     ready: Pattern | None = None
     alive: Pattern | None = None
     broken: Pattern | None = None
-    timeout_s: float = Field(default=60.0, gt=0)
+    timeout_s: Annotated[float, in_range(ranges.WAIT_S)] = 60.0
 
     @field_validator("ready", "alive", "broken")
     @classmethod
@@ -143,11 +152,11 @@ class LinkConfig(_Strict):
     tls: str | None = None
     insecure: bool = False
     peer: str | None = None
-    streams: int = Field(default=2, ge=1, le=32)
+    streams: Annotated[int, in_range(ranges.STREAMS)] = 2
     compress: str = "none"
-    bandwidth: Size | None = None
-    reconnect_s: float = Field(default=30.0, ge=0)
-    silence_s: float = Field(default=10.0, ge=0.1)
+    bandwidth: Annotated[Size, in_range(ranges.BANDWIDTH_BYTES_PER_S)] | None = None
+    reconnect_s: Annotated[float, in_range(ranges.RECONNECT_S)] = 30.0
+    silence_s: Annotated[float, in_range(ranges.SILENCE_S)] = 10.0
 
     @field_validator("compress")
     @classmethod
@@ -167,23 +176,23 @@ class GuestConfig(_Strict):
     """The built-in workload guest."""
 
     working_set: Size = 64 << 20
-    pages_per_s: int = Field(default=0, ge=0)
+    pages_per_s: Annotated[int, in_range(ranges.PAGES_PER_S)] = 0
 
 
 class MigrationConfig(_Strict):
     """When to switch over, when to give up."""
 
-    downtime_limit_ms: float = Field(default=100.0, gt=0)
-    max_rounds: int = Field(default=60, ge=1)
-    max_seconds: float = Field(default=300.0, gt=0)
+    downtime_limit_ms: Annotated[float, in_range(ranges.DOWNTIME_MS)] = 100.0
+    max_rounds: Annotated[int, in_range(ranges.ROUNDS)] = 60
+    max_seconds: Annotated[float, in_range(ranges.MIGRATION_S)] = 300.0
     on_limit: Literal["force", "abort"] = "abort"
-    max_standstill_s: float | None = Field(default=None, ge=1)
+    max_standstill_s: Annotated[float, in_range(ranges.STANDSTILL_S)] | None = None
     verify: bool = False
     memory_only: bool = False
     tracker: Literal["auto", "uffd", "uffd-sync"] = "auto"
     policy: Literal["send-all", "defer-hot", "skip-unchanged", "adaptive"] = "adaptive"
     throttle: Throttle = 0
-    settle_s: float = Field(default=0.5, ge=0)
+    settle_s: Annotated[float, in_range(ranges.SETTLE_S)] = 0.5
 
 
 class Config(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -13,6 +14,7 @@ BURST_S = 0.02
 _GROUP = 16  # frames between two decisions: more than the sockets' buffers hold
 _LOOK_AGAIN = 16  # groups between two looks at the other way
 _LEVEL = 1
+_LEVELS = re.compile("[1-9]|1[0-9]")  # not str.isdigit(), which takes more than int() reads
 
 
 class Pace:
@@ -48,7 +50,7 @@ def parse_compression(text: str) -> tuple[str, int]:
     :raise ConfigError: it is something else
     """
     kind, colon, level = text.partition(":")
-    if kind == "zstd" and (not colon or (level.isdigit() and 1 <= int(level) <= 19)):
+    if kind == "zstd" and (not colon or (_LEVELS.fullmatch(level))):
         return kind, int(level or _LEVEL)
     if text in ("none", "auto"):
         return text, _LEVEL
