@@ -98,6 +98,15 @@ _peer = click.option(
     help="Who may send: a host by its certificate's name, or a fingerprint. Default: every host "
     "with a certificate of the same CA.",
 )
+@click.option(
+    "--patience-seconds",
+    type=Number(ranges.WAIT_S),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A source that says and sends nothing for so long is lost; and the longest that a source "
+    "may have itself waited for.",
+)
 @_tls_options
 @json_option
 @click.argument("command", nargs=-1, metavar="[-- QEMU...]")
@@ -105,6 +114,7 @@ def receive(
     listen: tuple[str, int],
     destination: str | None,
     peer: str | None,
+    patience_seconds: float,
     tls: Path | None,
     insecure: bool,
     as_json: bool,
@@ -131,7 +141,11 @@ def receive(
 
         async def until_decided() -> Received:
             received = await do_receive(
-                listen, destination or list(command), keys=keys, peer=peer, say=display.say
+                *(listen, destination or list(command)),
+                keys=keys,
+                peer=peer,
+                say=display.say,
+                patience_s=patience_seconds,
             )
             ending.decide(received.exit_code)
             return received

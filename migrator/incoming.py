@@ -14,6 +14,7 @@ then given up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,23 @@ from typing import Any
 
 from migrator.destination import LocalDestination
 from migrator.errors import MigratorError, Unconfirmed
+from migrator.settle import within
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.connection import Connection
+from migrator.transport.messages import State
 
+_GO_S = 60.0
+_LOOK_S = 1.0
 _LINGER_S = 600.0  # to tell a source that was lost at the wrong moment that the VM never ran
+
+_MOVES = {
+    State.OPEN: (State.READY, State.NEVER),
+    State.READY: (State.GOING, State.NEVER),
+    State.GOING: (State.RUNNING, State.NEVER, State.UNKNOWN),
+    State.RUNNING: (),
+    State.NEVER: (State.NEVER,),
+    State.UNKNOWN: (),
+}
 
 
 @dataclass
@@ -44,8 +58,10 @@ class Incoming:
     """One migration, from its opening on.
 
     :ivar token: names it
+    :ivar opened_by: fingerprint of the certificate of the host that opened it, if it showed one
     :ivar control: the connection on which the source says what to do
     :ivar state: see above
+    :ivar told: set when the source was told what became of it
     :ivar settled: set with ``running``, ``never`` and ``unknown``
     :ivar attaching: held while connections for pages are made
     :param reconnect_s: how long the source tries to reach us again
@@ -61,6 +77,7 @@ class Incoming:
         silence_s: float,
         *,
         control: Connection,
+        opened_by: str | None,
         destination: LocalDestination,
         say: Callable[[str], None],
         finished: Callable[[], None],
@@ -69,10 +86,12 @@ class Incoming:
         self.targets = targets
         self.silence_s = silence_s
         self.control = control
-        self.state = "open"
+        self.opened_by = opened_by
+        self._state = State.OPEN
         self.reason = ""
         self.arrivals: dict[int, Arrivals] = {}
         self.settled = asyncio.Event()
+        self.told = asyncio.Event()
         self.attaching = asyncio.Lock()
         self._reconnect_s = reconnect_s
         self._destination = destination
@@ -84,14 +103,27 @@ class Incoming:
         self._giving_up: asyncio.Task[None] | None = None
         self._spoiling: asyncio.Task[None] | None = None
 
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        return self._state
+
+    def enter(self, state: State) -> None:
+        """Go forward to another state.
+
+        :raise RuntimeError: none that can follow: a defect of the caller
+        """
+        if state not in _MOVES[self._state]:
+            raise RuntimeError(f"{self._state.value} → {state.value}")
+        self._state = state
+
     def tell(self) -> dict[str, Any]:
         """Its state, for the source, or for an operator."""
-        return {"state": self.state, "reason": self.reason, "after_s": self._after_s}
+        return {"state": self.state.value, "reason": self.reason, "after_s": self._after_s}
 
     def outcome(self) -> Outcome:
         """The same, for whoever waits for the VM here."""
-        received = self._replaced_bytes + sum(a.bytes for a in self.arrivals.values())
-        return Outcome(self.state, self.reason, received)
+        return Outcome(self.state.value, self.reason, self.arrived_bytes)
 
     # -- what has arrived -----------------------------------------------------------------------
 
@@ -117,33 +149,37 @@ class Incoming:
 
     def spoil(self, problem: Exception) -> None:
         """What came could not be written, or made no sense: that was it."""
-        if self.state == "open":
+        if self.state is State.OPEN:
             self._say(f"gave up: {problem}")
             self._spoiling = asyncio.ensure_future(self.never(str(problem)))
 
     # -- whether it runs ------------------------------------------------------------------------
 
-    async def go(self, *, run: bool) -> None:
+    async def go(self, *, run: bool, timeout_s: float = _GO_S) -> None:
         """Give QEMU the end: from here on the VM may run. Never raises."""
-        self.state = "going"
+        self.enter(State.GOING)
         started = time.monotonic()
         try:
-            resumed_at = await self._destination.go(run=run)
+            resumed_at = await self._destination.go(run=run, timeout_s=timeout_s)
         except Unconfirmed as error:
-            self.state, self.reason = "unknown", "; ".join(error.known)
+            self.enter(State.UNKNOWN)
+            self.reason = "; ".join(error.known)
         except MigratorError as error:
-            self.state, self.reason = "never", str(error)
+            self.enter(State.NEVER)
+            self.reason = str(error)
         except Exception as error:  # noqa: BLE001 (whatever it is, QEMU may have the end by now)
-            self.state, self.reason = "unknown", repr(error)
+            self.enter(State.UNKNOWN)
+            self.reason = repr(error)
         else:
-            self.state = "running"
+            self.enter(State.RUNNING)
             self._after_s = max(0.0, resumed_at - started) if resumed_at is not None else None
             self._say("it runs")
         self.settled.set()
 
     async def never(self, reason: str) -> None:
         """It will not run here."""
-        self.state, self.reason = "never", reason
+        self.enter(State.NEVER)
+        self.reason = reason
         self.settled.set()
         await self._destination.close(reason)
 
@@ -158,7 +194,7 @@ class Incoming:
         """The connection for messages is gone: wait for the source, but not for ever."""
         # the source may notice so much later than we did, and only then begins to try
         wait_s = self._reconnect_s + self.silence_s
-        self._say(f"lost the source ({self.state}); waiting {wait_s:g} s for it")
+        self._say(f"lost the source ({self.state.value}); waiting {wait_s:g} s for it")
         self.wait()
 
     def wait(self) -> None:
@@ -175,19 +211,40 @@ class Incoming:
 
     async def _give_up_after(self, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
-        if self.state == "open":
-            while any(arrivals.is_alive() for arrivals in self.arrivals.values()):
-                # pages still come: the source has not noticed that this connection is gone
-                await asyncio.sleep(self.silence_s)
+        if self.state is State.OPEN:
+            while await self._pages_come():
+                pass  # the source has not noticed that this connection is gone
             await self.never("the source was lost")
-        elif self.state == "ready":
+        elif self.state is State.READY:
             # it may have said go: be there to tell it that it was not heard
             await self.never("the source was lost before it said go")
             self._say("it never ran; staying to tell the source so, should it come back")
             await asyncio.sleep(_LINGER_S)
-        elif self.state == "going":
+        elif self.state is State.GOING:
             await self.settled.wait()
+        if self.state in (State.RUNNING, State.UNKNOWN):
+            await self._stay(wait_s)
         self._finished()
+
+    async def _pages_come(self) -> bool:
+        """Whether pages come still; a connection on which nothing comes keeps nothing alive."""
+        before = self.arrived_bytes
+        await asyncio.sleep(self.silence_s)
+        return self.arrived_bytes > before
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Bytes that came on connections for pages."""
+        return self._replaced_bytes + sum(a.bytes for a in self.arrivals.values())
+
+    async def _stay(self, wait_s: float) -> None:
+        """Be there to tell that it runs, for as long as the VM could be asked about."""
+        if not self.told.is_set():
+            self._say("the source does not know that it runs; staying to tell it so")
+        while not self.told.is_set() and not self._destination.has_ended:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(_LOOK_S, self.told.wait())
+        await asyncio.sleep(wait_s)  # it may not have heard the answer
 
     # -- the end --------------------------------------------------------------------------------
 

@@ -16,13 +16,14 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from migrator.destination import LocalDestination
-from migrator.errors import LinkError, MigratorError, WireError
+from migrator.errors import LinkError, LinkLost, MigratorError, WireError
 from migrator.incoming import Incoming, Outcome
 from migrator.settle import in_thread, within
 from migrator.side import blocks_of
 from migrator.transport import wire
 from migrator.transport.arrivals import Arrivals, Target
-from migrator.transport.connection import SILENCE_S, Connection
+from migrator.transport.connection import Connection
+from migrator.transport.messages import Go, Greeting, Load, Open, Parting, State, parse
 from tracker.errors import TrackerError
 from tracker.ram import RamBlock
 
@@ -30,8 +31,9 @@ _log = logging.getLogger(__name__)
 _GREETING_S = 10.0
 _PENDING = 64  # connections that have not said yet what they are for
 _STRANGERS = 64  # connections for messages on which nothing was opened
-_RECONNECT_LIMIT_S = 3600.0
-_SILENCE_MIN_S = 0.1
+PATIENCE_S = 300.0
+"""The longest that a source may have its receiver wait for it."""
+_IDLE_S = 60.0  # for a source that has opened nothing to say something
 _BUSY_S = 1.0
 _TELLING_S = 2.0
 
@@ -44,6 +46,8 @@ class Receiver:
     :param peer: who may send, if not everybody with a certificate; see
         :func:`migrator.tls.check_peer`
     :param say: called with each step, for people
+    :param patience_s: the longest that a source may have it wait
+    :param ours: fingerprint of this host's own certificate
     """
 
     def __init__(
@@ -52,7 +56,12 @@ class Receiver:
         context: ssl.SSLContext | None,
         peer: str | None,
         say: Callable[[str], None] = lambda _: None,
+        *,
+        patience_s: float = PATIENCE_S,
+        ours: str | None = None,
     ) -> None:
+        self._patience_s = patience_s
+        self._ours = ours
         self._destination = destination
         self._context = context
         self._peer = peer
@@ -87,7 +96,7 @@ class Receiver:
     @property
     def may_run(self) -> bool:
         """Whether the VM may run here by now."""
-        states = ("going", "running", "unknown")
+        states = (State.GOING, State.RUNNING, State.UNKNOWN)
         return self._migration is not None and self._migration.state in states
 
     def stop(self) -> None:
@@ -100,12 +109,12 @@ class Receiver:
             if not self._outcome.done():
                 self._outcome.set_result(Outcome("never", "interrupted"))
             return
-        if migration.state in ("open", "ready"):
+        if migration.state in (State.OPEN, State.READY):
             await migration.never("interrupted at the destination")
             migration.control.hang_up()
             await in_thread(migration.hang_up)
             await asyncio.sleep(_TELLING_S)  # it comes back at once, and is told
-        if migration.state == "going":
+        if migration.state is State.GOING:
             await migration.settled.wait()
         self._finish()
 
@@ -163,29 +172,35 @@ class Receiver:
         }
         kept = False
         try:
-            purpose = purposes.get(str(said.get("purpose")))
-            if purpose is None:
+            if str(said.get("purpose")) not in purposes:
                 await connection.send({"no": "wants something unknown"})
-            else:
-                kept = await purpose(connection, said)
+                return
+            try:
+                greeting = parse(Greeting, said, connection.peer)
+            except WireError as error:
+                await connection.send({"no": error.reason})
+                return
+            kept = await purposes[greeting.purpose](connection, greeting)
         except (MigratorError, OSError) as error:
             _log.info("a connection ended: %s", error)
         finally:
             if not kept:
                 connection.close()
 
-    def _mine(self, said: dict[str, Any]) -> Incoming:
+    def _mine(self, connection: Connection, said: Greeting) -> Incoming:
         """The migration that is meant.
 
-        :raise LinkError: there is none like this
+        :raise LinkError: there is none like this, or another host opened it
         """
-        if self._migration is None or said.get("session") not in (self._migration.token,):
+        if self._migration is None or said.session != self._migration.token:
             raise LinkError("receiver", "no such migration is received here")
+        if connection.fingerprint != self._migration.opened_by:
+            raise LinkError("receiver", "another host opened this migration")
         return self._migration
 
     # -- the connection for messages ------------------------------------------------------------
 
-    async def _attend_control(self, connection: Connection, _: dict[str, Any]) -> bool:
+    async def _attend_control(self, connection: Connection, _: Greeting) -> bool:
         if len(self._strangers) >= _STRANGERS:
             self._strangers.pop(0).hang_up()
         self._strangers.append(connection)
@@ -198,11 +213,11 @@ class Receiver:
         with contextlib.suppress(ValueError):
             self._strangers.remove(connection)
 
-    async def _resume(self, connection: Connection, said: dict[str, Any]) -> bool:
+    async def _resume(self, connection: Connection, said: Greeting) -> bool:
         try:
-            migration = self._mine(said)
-            if migration.state != "open":
-                raise LinkError("receiver", f"cannot go on: {migration.reason or migration.state}")
+            migration = self._mine(connection, said)
+            if migration.state is not State.OPEN:
+                raise _cannot_go_on(migration)
         except LinkError as error:
             await connection.send({"no": error.reason})
             return False
@@ -233,9 +248,7 @@ class Receiver:
         try:
             await connection.send({})
             while True:
-                said, blob = await connection.receive(
-                    blob=wire.STATE_LIMIT if self._controls(connection) else 0
-                )
+                said, blob = await self._next(connection)
                 step = steps.get(str(said.get("do")))
                 if step is None:
                     raise WireError(connection.peer, "asks for something unknown")
@@ -249,6 +262,26 @@ class Receiver:
             lost = self._controls(connection) and not self._outcome.done()
             if self._migration is not None and lost:
                 self._migration.lost()
+
+    async def _next(self, connection: Connection) -> tuple[dict[str, Any], bytes]:
+        """The next message.
+
+        :raise LinkLost: the source has neither said nor sent anything for too long
+        """
+        migration = self._migration if self._controls(connection) else None
+        patience_s = self._patience_s if migration is not None else _IDLE_S
+        blob = wire.STATE_LIMIT if migration is not None else 0
+        receiving = asyncio.ensure_future(connection.receive(blob=blob))
+        try:
+            while True:
+                arrived = migration.arrived_bytes if migration is not None else 0
+                if (await asyncio.wait([receiving], timeout=patience_s))[0]:
+                    return receiving.result()
+                if migration is None or migration.arrived_bytes == arrived:
+                    raise LinkLost(connection.peer, f"has said nothing for {patience_s:g} s")
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
 
     def _controls(self, connection: Connection) -> bool:
         return self._migration is not None and self._migration.control is connection
@@ -291,23 +324,24 @@ class Receiver:
     async def _open(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
         if self._migration is not None:
             raise LinkError("receiver", "another migration is being received here")
-        names = said["blocks"]
-        if not isinstance(names, list) or len(names) > wire.BLOCKS_LIMIT:
-            raise LinkError("receiver", "too many RAM blocks")
-        reconnect_s = min(max(0.0, float(said["reconnect_s"])), _RECONNECT_LIMIT_S)
-        silence_s = float(said.get("silence_s", SILENCE_S))
-        if not _SILENCE_MIN_S <= silence_s <= _RECONNECT_LIMIT_S:
-            raise LinkError("receiver", f"cannot notice a silence of {silence_s:g} s")
+        wanted_open = parse(Open, said, control.peer)
+        # how long it is waited for is not for the source alone to say
+        reconnect_s = min(wanted_open.reconnect_s, self._patience_s)
+        silence_s = min(wanted_open.silence_s, self._patience_s)
         qmp = self._destination.qmp
         by_name = {block.name: block for block in await blocks_of(qmp)}
-        wanted = [by_name.pop(str(name)) for name in names]
+        names = wanted_open.blocks
+        if len(set(names)) < len(names) or not set(names) <= set(by_name):
+            raise LinkError("receiver", "has no such RAM blocks, each of another name")
+        wanted = [by_name[name] for name in names]
         targets = await in_thread(_open_all, qmp.pid, wanted)
         if self._migration is not None:  # meanwhile
             _close_all(targets)
             raise LinkError("receiver", "another migration is being received here")
         self._migration = Incoming(
-            *(str(said["session"]), targets, reconnect_s, silence_s),
+            *(wanted_open.session, targets, reconnect_s, silence_s),
             control=control,
+            opened_by=control.fingerprint,
             destination=self._destination,
             say=self._say,
             finished=self._finish,
@@ -317,7 +351,7 @@ class Receiver:
         self._say(f"a VM comes from {control.peer}")
         return {}
 
-    def _from(self, control: Connection, *states: str) -> Incoming:
+    def _from(self, control: Connection, *states: State) -> Incoming:
         """The migration, if it is this connection's and in one of these states.
 
         :raise LinkError: it is not
@@ -326,67 +360,68 @@ class Receiver:
         if migration is None or migration.control is not control:
             raise LinkError("receiver", "no migration was opened on this connection")
         if migration.state not in states:
-            raise LinkError("receiver", f"cannot go on: {migration.reason or migration.state}")
+            raise _cannot_go_on(migration)
         return migration
 
     async def _prepare(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, "open")
+        self._from(control, State.OPEN)
         await self._destination.prepare()
         return {}
 
     async def _begin_loading(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, "open")
+        self._from(control, State.OPEN)
         await self._destination.begin_loading()
         return {}
 
     async def _look_anew(self, control: Connection, *_: Any) -> dict[str, Any]:
-        for target in self._from(control, "open").targets:
+        for target in self._from(control, State.OPEN).targets:
             await in_thread(target.look_anew)
         return {}
 
     async def _load(
         self, control: Connection, said: dict[str, Any], stream: bytes
     ) -> dict[str, Any]:
-        migration = self._from(control, "open")
-        head = len(stream) - int(said["end"])
-        if not 0 <= head < len(stream):
+        migration = self._from(control, State.OPEN)
+        load = parse(Load, said, control.peer)
+        head = len(stream) - load.end
+        if head < 0:
             raise LinkError("receiver", "a device state without an end")
-        await self._destination.load(
-            stream[:head], stream[head:], timeout_s=float(said["timeout_s"])
-        )
-        self._from(control, "open")
+        await self._destination.load(stream[:head], stream[head:], timeout_s=load.timeout_s)
+        self._from(control, State.OPEN)
         async with migration.attaching:
             await in_thread(migration.hang_up)  # nothing comes on them any more
-            self._from(control, "open")
-            migration.state = "ready"
+            self._from(control, State.OPEN)
+            migration.enter(State.READY)
         self._say("all of it is here; it runs when the source says so")
         return {}
 
     async def _go(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
-        migration = self._from(control, "ready")
-        await migration.go(run=bool(said["run"]))
+        migration = self._from(control, State.READY)
+        go = parse(Go, said, control.peer)
+        await migration.go(run=go.run, timeout_s=go.timeout_s)
         return migration.tell()
 
     async def _abort(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
         if self._migration is None:
             return {}
-        migration = self._from(control, "open", "ready", "never")
-        await migration.never(f"the source gave up: {said.get('reason')}")
+        migration = self._from(control, State.OPEN, State.READY, State.NEVER)
+        parting = parse(Parting, said, control.peer)
+        await migration.never(f"the source gave up: {parting.reason}")
         return {}
 
     async def _bye(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, "running", "never", "unknown")
+        self._from(control, State.RUNNING, State.NEVER, State.UNKNOWN)
         return {}
 
     # -- pages ----------------------------------------------------------------------------------
 
-    async def _attend_stream(self, connection: Connection, said: dict[str, Any]) -> bool:
+    async def _attend_stream(self, connection: Connection, said: Greeting) -> bool:
         try:
-            migration = self._mine(said)
-            index, number = int(said["stream"]), int(said["round"])
-            if migration.state != "open" or not 0 <= index < wire.STREAMS_LIMIT:
+            migration = self._mine(connection, said)
+            index, number = said.stream, said.round
+            if migration.state is not State.OPEN:
                 raise LinkError("receiver", "takes no stream like this now")
-        except (LinkError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except LinkError as error:
             await connection.send({"no": str(error)})
             return False
         connection.lose_after(migration.silence_s)
@@ -394,7 +429,7 @@ class Receiver:
             before = migration.arrivals.get(index)
             if before is not None:
                 await in_thread(before.hang_up)
-            if migration.state != "open":  # by now
+            if migration.state is not State.OPEN:  # by now
                 return False
             applied = migration.applied_on(index, number)
             await connection.send({"round": applied[0], "frames": applied[1]})
@@ -414,18 +449,21 @@ class Receiver:
         if migration is not None and not self._outcome.done():
             self._outcome.set_result(migration.outcome())
 
-    async def _resolve(self, connection: Connection, said: dict[str, Any]) -> bool:
+    async def _resolve(self, connection: Connection, said: Greeting) -> bool:
         """Tell what became of the migration; where nothing is decided yet, decide it."""
-        migration, decide = self._migration, said.get("decide")
-        if migration is None or said.get("session") not in ("", migration.token):
-            await connection.send({"state": "waiting", "reason": "no such migration came here"})
+        migration, decide = self._migration, said.decide
+        if migration is None or said.session not in ("", migration.token):
+            await connection.send(
+                {"state": State.WAITING.value, "reason": "no such migration came here"}
+            )
             return False
-        if decide not in (None, "source", "destination"):
-            await connection.send({"no": "decides for neither side"})
+        if decide and connection.fingerprint not in (migration.opened_by, self._ours):
+            why = "only the host that opened this migration may decide, or this one by its own keys"
+            await connection.send({"no": why})
             return False
-        undecided = migration.state in ("open", "ready")
+        undecided = migration.state in (State.OPEN, State.READY)
         connected = undecided and not migration.waits
-        if decide and connected and not said["session"]:
+        if decide and connected and not said.session:
             await connection.send({"no": "the source is still connected: it is for it to say"})
             return False
         if decide == "source" and undecided:
@@ -433,18 +471,24 @@ class Receiver:
             if not migration.waits:
                 migration.wait()
             migration.control.hang_up()
-        elif decide == "destination" and migration.state == "ready":
+        elif decide == "destination" and migration.state is State.READY:
             migration.keep()
             await migration.go(run=True)
-        elif decide == "destination" and migration.state not in ("running", "going"):
-            await connection.send({"no": f"it cannot run here: it is {migration.state}"})
+        elif decide == "destination" and migration.state not in (State.RUNNING, State.GOING):
+            await connection.send({"no": f"it cannot run here: it is {migration.state.value}"})
             return False
-        if migration.state == "going":
+        if migration.state is State.GOING:
             await migration.settled.wait()
         await connection.send(migration.tell())
-        if decide is not None and not said["session"]:
-            self._finish()  # a source may ask once more, if this answer does not arrive
+        if decide is not None:
+            migration.told.set()
+            if not said.session:
+                self._finish()  # a source may ask once more, if this answer does not arrive
         return False
+
+
+def _cannot_go_on(migration: Incoming) -> LinkError:
+    return LinkError("receiver", f"cannot go on: {migration.reason or migration.state.value}")
 
 
 def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:

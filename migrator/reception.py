@@ -17,7 +17,7 @@ from migrator.destination import LocalDestination
 from migrator.errors import ConfigError, VmError
 from migrator.incoming import Outcome
 from migrator.qmp import Qmp
-from migrator.receiver import Receiver, listen
+from migrator.receiver import PATIENCE_S, Receiver, listen
 from migrator.settle import in_thread, settle
 from migrator.tls import load, parse_peer
 from migrator.vm import RunDirectory, Vm, fill_in
@@ -67,6 +67,7 @@ async def receive(
     keys: str | None,
     peer: str | None,
     say: Callable[[str], None] = lambda _: None,
+    patience_s: float = PATIENCE_S,
 ) -> Received:
     """Receive one VM. A QEMU that was started for it ends, unless the VM runs in it.
 
@@ -75,10 +76,12 @@ async def receive(
     :param keys: directory of this host's keys; ``None``: not secured
     :param peer: who may send; see :func:`migrator.tls.check_peer`
     :param say: called with each step, for people
+    :param patience_s: the longest that a source may have it wait
     :raise ConfigError: the address or the keys cannot be used
     :raise VmError: QEMU cannot be started, or does not answer
     """
-    context = load(Path(keys)).server_context() if keys is not None else None
+    credentials = load(Path(keys)) if keys is not None else None
+    context = credentials.server_context() if credentials is not None else None
     if peer is not None:
         parse_peer(peer)
         if context is None:
@@ -102,12 +105,16 @@ async def receive(
         except OSError as error:
             raise VmError("destination", f"process {qmp.pid}: {error.strerror}") from error
         stack.push_async_callback(destination.close)
-        receiver = Receiver(destination, context, peer, say)
+        receiver = Receiver(
+            *(destination, context, peer, say),
+            patience_s=patience_s,
+            ours=credentials.fingerprint() if credentials is not None else None,
+        )
 
         def keep() -> None:
             """Whatever breaks from *go* on, and ends this: the VM may be nowhere else."""
             if started is not None and receiver.may_run:
-                run_directory.keep = True
+                run_directory.keep_for(started.pid)
                 started.let_go()
 
         stack.callback(keep)
@@ -133,7 +140,10 @@ async def _start(command: list[str], run_directory: RunDirectory, stack: AsyncEx
 
 
 class _Interrupted:
-    """What Ctrl-C and SIGTERM do: at first they cancel this task, once, which takes QEMU along."""
+    """Ctrl-C, SIGTERM and SIGHUP: at first they cancel this task, once, which takes QEMU along.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    """
 
     action: Callable[[], object]
 
@@ -146,12 +156,15 @@ class _Interrupted:
             task.cancel()
 
         self.action = cancel
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self._numbers.append(signal.SIGHUP)
+        for number in self._numbers:
             asyncio.get_running_loop().add_signal_handler(number, lambda: self.action())
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             asyncio.get_running_loop().remove_signal_handler(number)
 
 

@@ -7,16 +7,18 @@ import logging
 import time
 from typing import Any
 
-from migrator.errors import LinkError, LinkLost, MigratorError, Unconfirmed, VmError, WireError
+from migrator.errors import LinkError, LinkLost, Unconfirmed, VmError
 from migrator.preflight import Plan
 from migrator.settle import settle, within
 from migrator.side import Side
 from migrator.transport import Transport
+from migrator.transport.messages import Looked, State, Told, parse
 from migrator.transport.session import Link, Session, settle_outcome
 from migrator.transport.stream import StreamCopy
 
 _log = logging.getLogger(__name__)
 _PARTING_S = 3.0
+_ANSWERING_S = 5.0  # for a receiver to say what became of it
 
 
 class RemoteDestination:
@@ -39,12 +41,7 @@ class RemoteDestination:
     async def look(self) -> Side:
         """What it is; nothing is changed there."""
         answer = await self._session.ask("look")
-        try:
-            return Side.from_json(answer["side"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise WireError(
-                self._session.peer, "describes its VM in a form unknown here"
-            ) from error
+        return Side.from_said(parse(Looked, answer, self._session.peer).side)
 
     def transport(self, source_pid: int, plan: Plan) -> Transport:
         """A stream of pages."""
@@ -80,29 +77,34 @@ class RemoteDestination:
         """
         self._told_to_go = True
         sent_at = time.monotonic()
+        asking = self._session.ask("go", run=run, timeout_s=timeout_s)
         try:
-            answer = await self._session.ask("go", run=run)
-        except (LinkError, VmError) as error:  # which is no answer: what it is at, it did not say
-            answer = await self._ask_again(error)
-        state = answer.get("state")
-        if state == "never":
-            raise VmError("destination", f"did not run: {answer.get('reason')}")
-        if state != "running":
-            raise Unconfirmed("destination", [str(answer.get("reason"))])
-        after_s = answer.get("after_s")
-        return sent_at + self._session.rtt_s / 2 + float(after_s) if after_s is not None else None
+            answer = await within(timeout_s + _ANSWERING_S, asking)
+            told = parse(Told, answer, self._session.peer)
+        # none of which is an answer: what it is at, it did not say
+        except (LinkError, VmError, asyncio.TimeoutError, asyncio.CancelledError) as error:
+            told = await settle(self._ask_again(error), too_late=True)
+        if told.state is State.NEVER:
+            raise VmError("destination", f"did not run: {told.reason}")
+        if told.state is not State.RUNNING:
+            raise Unconfirmed("destination", [told.reason or f"it is {told.state.value}"])
+        if told.after_s is None:
+            return None
+        return sent_at + self._session.rtt_s / 2 + told.after_s
 
-    async def _ask_again(self, lost: MigratorError) -> dict[str, Any]:
+    async def _ask_again(self, lost: BaseException) -> Told:
         """What became of it. To ask is to decide: if it has not gone by then, it never will."""
+        self._session.break_off()  # a receiver that is busy for ever is asked anew
         link, token = self._session.link, self._session.token
-        _log.warning("lost the destination after it was told to go: %s", lost)
+        lost_by = str(lost) or type(lost).__name__
+        _log.warning("lost the destination after it was told to go: %s", lost_by)
         try:
             return await settle_outcome(link, token, "source", patience_s=link.reconnect_s)
         except (LinkError, VmError) as error:
             raise Unconfirmed(
                 "destination",
                 [
-                    f"it was told to go, and then lost: {lost}",
+                    f"it was told to go, and then lost: {lost_by}",
                     f"it could not be asked again: {error}",
                     "migrator resolve asks it, once it can be reached",
                 ],
@@ -132,6 +134,6 @@ async def outcome(ward: dict[str, Any], *, patience_s: float) -> bool:
     """
     link = Link(**ward["link"])
     answer = await settle_outcome(link, ward["session"], "source", patience_s=patience_s)
-    if answer.get("state") not in ("running", "never"):
-        raise LinkError(f"{link.host}:{link.port}", str(answer.get("reason")))
-    return bool(answer["state"] == "running")
+    if answer.state not in (State.RUNNING, State.NEVER):
+        raise LinkError(f"{link.host}:{link.port}", answer.reason or answer.state.value)
+    return answer.state is State.RUNNING

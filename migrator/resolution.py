@@ -9,6 +9,7 @@ from migrator.errors import LinkError, MigratorError, VmError
 from migrator.qmp import Qmp
 from migrator.rollback import UNDER_WAY, Before, bring_back
 from migrator.settings import DEFAULTS, left_behind, put_back, read_settings
+from migrator.transport.messages import State
 from migrator.transport.session import Link, settle_outcome
 
 _PATIENCE_S = 5.0
@@ -16,13 +17,21 @@ _PATIENCE_S = 5.0
 _LEFT_BEHIND = Before(was_running=True, settings=DEFAULTS, paused_by_us=True)
 _COMPLETE = ("postmigrate", "finish-migrate", "paused")
 _MEANINGS = {
-    "waiting": "the destination waits for a VM: none came, or it was started anew",
-    "open": "the destination has some of the VM, and cannot run",
-    "ready": "the destination has all of the VM, was not told to go, and does not run",
-    "going": "the destination was told to go, and is at it",
-    "running": "the destination runs",
-    "never": "the destination did not run, and never will",
-    "unknown": "the destination was told to go; its receiver cannot say whether QEMU runs",
+    State.WAITING: "the destination waits for a VM: none came, or it was started anew",
+    State.OPEN: "the destination has some of the VM, and cannot run",
+    State.READY: "the destination has all of the VM, was not told to go, and does not run",
+    State.GOING: "the destination was told to go, and is at it",
+    State.RUNNING: "the destination runs",
+    State.NEVER: "the destination did not run, and never will",
+    State.UNKNOWN: "the destination was told to go; its receiver cannot say whether QEMU runs",
+}
+
+
+# only of a destination that has said that it does not run
+_MAY_BE_DECIDED = {
+    "open": "--decide source",
+    "ready": "--decide source or --decide destination",
+    "never": "--decide source",
 }
 
 
@@ -77,12 +86,15 @@ async def resolve(
         except LinkError as error:
             if decide is not None and not gone:
                 raise
-            found.sentences.append(f"the destination cannot be asked: {error}")
+            found.sentences.append(
+                f"the destination cannot be asked: {error}; it may run: see to it that it does "
+                "not before the source is let run"
+            )
         else:
-            found.destination = str(answer.get("state"))
-            found.sentences.append(_MEANINGS.get(found.destination, found.destination))
-            if answer.get("reason"):
-                found.sentences[-1] += f" ({answer['reason']})"
+            found.destination = answer.state.value
+            found.sentences.append(_MEANINGS[answer.state])
+            if answer.reason:
+                found.sentences[-1] += f" ({answer.reason})"
     may_run = gone or found.destination == "never"
     if source is not None:
         await _the_source(source, found, run=decide == "source" and may_run)
@@ -94,9 +106,10 @@ async def resolve(
                 "that it does not, and say so with --destination-is-gone"
             )
         found.sentences.append(f"the source was left as it is: {why}")
-    found.decided = (found.source == "running") != (found.destination == "running")
-    if not found.decided and decide is None:
-        found.sentences.append("--decide source or --decide destination lets one of them run")
+    known = link is None or found.destination not in (None, "waiting", "unknown") or gone
+    found.decided = known and (found.source == "running") != (found.destination == "running")
+    if not found.decided and decide is None and found.destination in _MAY_BE_DECIDED:
+        found.sentences.append(f"{_MAY_BE_DECIDED[found.destination]} lets one of them run")
     return found
 
 

@@ -98,7 +98,7 @@ async def run(
 
 def _keep(vm: Vm, run_directory: RunDirectory, say: Callable[[str], None]) -> None:
     say(f"the {vm.name} stays: process {vm.pid}, QMP socket {vm.qmp}")
-    run_directory.keep = True
+    run_directory.keep_for(vm.pid)
     vm.let_go()
 
 

@@ -20,6 +20,7 @@ from migrator.findings import (
 )
 from migrator.qmp import Qmp
 from migrator.settle import in_thread
+from migrator.transport.messages import SideSaid
 from tracker.errors import TrackerError
 from tracker.ram import (
     GuestRange,
@@ -72,21 +73,16 @@ class Side:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Side:
-        """What another host said of its side.
-
-        :raise TypeError, KeyError, AttributeError: it does not have that form
-        """
+    def from_said(cls, said: SideSaid) -> Side:
+        """What another host said of its side."""
         return cls(
             pid=None,
-            findings=tuple(Finding(**f) for f in said["findings"]),
-            blocks=tuple(
-                RamBlock(**{**b, "hva": 0, "device": 0, "inode": 0}) for b in said["blocks"]
-            ),
-            rooms={name: Room(**room) for name, room in (said["rooms"] or {}).items()},
-            machine=said["machine"],
-            guest_ranges=tuple(GuestRange(**r) for r in said["guest_ranges"]),
-            mappers=tuple(Finding(**f) for f in said["mappers"]),
+            findings=tuple(Finding(**f.model_dump()) for f in said.findings),
+            blocks=tuple(RamBlock(**b.model_dump(), hva=0, device=0, inode=0) for b in said.blocks),
+            rooms={name: Room(**room.model_dump()) for name, room in (said.rooms or {}).items()},
+            machine=said.machine,
+            guest_ranges=tuple(GuestRange(**r.model_dump()) for r in said.guest_ranges),
+            mappers=tuple(Finding(**f.model_dump()) for f in said.mappers),
         )
 
 

@@ -17,6 +17,7 @@ from typing import cast
 from migrator.errors import ConfigError, PeerRefused
 from migrator.keys import check_private, fingerprint, host_name, this_host
 
+_PEM_END = "-----END CERTIFICATE-----"
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -32,6 +33,17 @@ class Credentials:
     certificate: Path
     key: Path
     ca: Path
+
+    def fingerprint(self) -> str:
+        """Fingerprint of this host's certificate; see :func:`migrator.keys.fingerprint`.
+
+        :raise ConfigError: the file cannot be read
+        """
+        try:
+            first = self.certificate.read_text().partition(_PEM_END)
+            return fingerprint(ssl.PEM_cert_to_DER_cert("".join(first[:2]).strip()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot be read: {error}", file=str(self.certificate)) from error
 
     def server_context(self) -> ssl.SSLContext:
         """For the side that is connected to. Nobody without a certificate of the CA is let in.

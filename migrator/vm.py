@@ -21,6 +21,8 @@ from migrator.settle import in_thread
 
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _POLL_S = 0.02
+_PREFIX = "migrator-"
+_KEPT = "kept-for"  # a file with the process and its start
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _libc = ctypes.CDLL(None)  # before any fork
 
@@ -28,14 +30,22 @@ _libc = ctypes.CDLL(None)  # before any fork
 class RunDirectory:
     """A private directory for sockets, consoles and images, gone with the ``with`` block.
 
-    :ivar keep: let it be after all, for a VM that goes on
+    One that was kept for a VM is removed when the next one is made and that VM has ended.
     """
 
-    keep = False
+    def __init__(self) -> None:
+        self._kept = False
 
     def __enter__(self) -> Path:
-        self._path = Path(tempfile.mkdtemp(prefix="migrator-"))
+        _remove_stale()
+        self._path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         return self._path
+
+    def keep_for(self, pid: int) -> None:
+        """Let it be, for a VM that goes on in this process."""
+        self._kept = True
+        with contextlib.suppress(OSError):
+            (self._path / _KEPT).write_text(f"{pid} {_started(pid)}\n")
 
     def __exit__(
         self,
@@ -43,8 +53,28 @@ class RunDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self.keep:
+        if not self._kept:
             shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in clock ticks since the boot (proc(5), field 22 of ``stat``)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def _remove_stale() -> None:
+    """Remove directories of ours that were kept for a VM that has ended."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if directory.is_symlink() or directory.stat().st_uid != os.geteuid():
+                continue
+            pid, started = (directory / _KEPT).read_text().split()
+            try:
+                ended = _started(int(pid)) != started
+            except FileNotFoundError:
+                ended = True
+            if ended:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def fill_in(arguments: Sequence[str], values: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from migrator.errors import LinkError, LinkLost
+from migrator.keys import fingerprint
 from migrator.settle import within
 from migrator.tls import check_peer
 from migrator.transport import wire
@@ -31,11 +32,13 @@ class Connection:
     """A connection that sends and receives messages.
 
     :ivar peer: the other end, for people
+    :ivar fingerprint: of its certificate; ``None`` where the connection is not secured
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._socket = sock
         self.peer = peer
+        self.fingerprint: str | None = None
 
     @classmethod
     async def connect(
@@ -133,6 +136,7 @@ class Connection:
             tls = self._socket = wrap(self._socket)
             await self._until_done(tls.do_handshake)
             check_peer(tls, wanted)
+            self.fingerprint = fingerprint(tls.getpeercert(binary_form=True) or b"")
         try:
             await self.write(wire.opening())
             opening = await self.read(wire.OPENING_SIZE)

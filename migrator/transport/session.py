@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from migrator.errors import LinkError, LinkLost, VmError, WireError
+from migrator.errors import LinkError, LinkLost, VmError
 from migrator.settle import within
 from migrator.transport.connection import SILENCE_S, Connection, hang_up
+from migrator.transport.messages import Arrived, Told, is_busy, parse
 
 _log = logging.getLogger(__name__)
 _ANSWER_S = 15.0  # who is busy says so every second
 _AGAIN_S = 0.2
 _ATTEMPT_S = 1.0
+_WORDS = 4096  # of what the other host says, in characters
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,12 @@ async def answer_of(connection: Connection) -> dict[str, Any]:
             said, _ = await within(_ANSWER_S, connection.receive())
         except asyncio.TimeoutError as error:
             raise LinkLost(connection.peer, f"no answer in {_ANSWER_S:g} s") from error
-        if "busy" in said:
+        if is_busy(said):
             continue
         if "vm" in said:
-            raise VmError("destination", str(said["vm"]))
+            raise VmError("destination", str(said["vm"])[:_WORDS])
         if "no" in said:
-            raise LinkError(connection.peer, str(said["no"]))
+            raise LinkError(connection.peer, str(said["no"])[:_WORDS])
         return said
 
 
@@ -122,10 +124,8 @@ class Applied:
 
         :raise WireError: that makes no sense
         """
-        told = said.get("round"), said.get("frames")
-        if not all(isinstance(number, int) and number >= 0 for number in told):
-            raise WireError(peer, "says how far a stream has come in a form that makes no sense")
-        return cls(said["round"], said["frames"])
+        arrived = parse(Arrived, said, peer)
+        return cls(arrived.round, arrived.frames)
 
     def of_round(self, number: int) -> int | None:
         """How many frames of a round have arrived; ``None``: all of them.
@@ -241,6 +241,10 @@ class Session:
         for stream in self.streams:
             hang_up(stream)
 
+    def break_off(self) -> None:
+        """Let whoever waits for an answer fail at once."""
+        self._control.hang_up()
+
     def hang_up(self) -> None:
         """Close everything. May be called again. No thread may be in a stream any more."""
         self._control.close()
@@ -253,9 +257,7 @@ def _attempt_s(deadline: float) -> float:
     return min(SILENCE_S, max(_ATTEMPT_S, deadline - time.monotonic()))
 
 
-async def settle_outcome(
-    link: Link, token: str, decide: str | None, *, patience_s: float
-) -> dict[str, Any]:
+async def settle_outcome(link: Link, token: str, decide: str | None, *, patience_s: float) -> Told:
     """Ask the receiving side what became of a migration, perhaps deciding it.
 
     :param token: the migration; ``""`` for the one it has
@@ -278,4 +280,4 @@ async def settle_outcome(
             await asyncio.sleep(_AGAIN_S)
         else:
             connection.close()
-            return answer
+            return parse(Told, answer, connection.peer)

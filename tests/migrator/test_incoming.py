@@ -10,6 +10,7 @@ import pytest
 from migrator.errors import MigratorError, Unconfirmed, VmError
 from migrator.incoming import Incoming
 from migrator.remote import RemoteDestination
+from migrator.transport.messages import State, Told
 from migrator.transport.session import Link, Session
 
 
@@ -19,7 +20,7 @@ class Destination:
     def __init__(self, ending: Exception) -> None:
         self._ending = ending
 
-    async def go(self, *, run: bool) -> float | None:
+    async def go(self, *, run: bool, timeout_s: float) -> float | None:
         raise self._ending
 
 
@@ -37,12 +38,14 @@ def test_how_going_ends(ending: Exception, state: str) -> None:
         incoming = Incoming(
             *("", [], 0.0, 0.0),
             control=cast(Any, None),
+            opened_by=None,
             destination=cast(Any, Destination(ending)),
             say=lambda _: None,
             finished=lambda: None,
         )
+        incoming.enter(State.READY)
         await incoming.go(run=True)
-        assert incoming.state == state
+        assert incoming.state is State(state)
         assert incoming.settled.is_set()
 
     asyncio.run(body())
@@ -51,12 +54,16 @@ def test_how_going_ends(ending: Exception, state: str) -> None:
 class Asked:
     """A session whose answer to *go* says that something failed there."""
 
+    peer = "there"
     link = Link("there", 1)
     token = "a"
     rtt_s = 0.0
 
     async def ask(self, what: str, **_: Any) -> dict[str, Any]:
         raise VmError("destination", "Bad file descriptor")
+
+    def break_off(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -67,8 +74,8 @@ def test_a_failure_in_answer_to_go_is_asked_about(
 ) -> None:
     """It may run all the same: only a receiver that says *never* lets the source go on."""
 
-    async def settled(*_: Any, **__: Any) -> dict[str, Any]:
-        return {"state": state, "reason": "why"}
+    async def settled(*_: Any, **__: Any) -> Told:
+        return Told(state=State(state), reason="why")
 
     monkeypatch.setattr("migrator.remote.settle_outcome", settled)
     destination = RemoteDestination(cast(Session, Asked()))

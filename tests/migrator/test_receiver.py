@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -251,7 +252,7 @@ def test_a_session_is_not_guessed(shm: Path, purpose: str, session: object) -> N
             source = await here.source()
             greeting = {"purpose": purpose, "session": session, "stream": 0, "round": 0}
             answer = await ask(here.port, greeting)
-            assert "no such migration is received here" in answer["no"]
+            assert re.search("no such migration|makes no sense: session", answer["no"])
             assert await source.ask("ping") == {}
             source.close()
 
@@ -314,7 +315,7 @@ class Slow:
     async def load(self, head: bytes, end: bytes, *, timeout_s: float) -> None:
         pass
 
-    async def go(self, *, run: bool) -> float | None:
+    async def go(self, *, run: bool, timeout_s: float) -> float | None:
         self.told.set()
         await self.may_end.wait()
         return None

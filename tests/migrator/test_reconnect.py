@@ -61,6 +61,7 @@ class Wire:
         self._migration = Incoming(
             *("", [Target(there.pid, there.block)], 0.0, 0.0),
             control=cast(Any, None),
+            opened_by=None,
             destination=cast(Any, None),
             say=lambda _: None,
             finished=lambda: None,
