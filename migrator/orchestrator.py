@@ -19,6 +19,7 @@ from migrator.errors import (
     Failed,
     MigrationError,
     MigratorError,
+    NoSpace,
     Undecided,
     VmError,
 )
@@ -35,6 +36,7 @@ from migrator.rounds import Rounds
 from migrator.settle import in_thread, settle
 from migrator.slowing import Slowing
 from migrator.sources import Sources
+from migrator.space import given_up_in_time
 from migrator.strategies import cpu_source
 from migrator.switchover import HandedOver, Switchover, stop_guest
 from migrator.throttling import Throttling
@@ -207,6 +209,8 @@ class Migration:
         try:
             handed_over = await self._until_it_runs_there(switchover, before)
             decided = True
+            if self._options.memory_only:
+                await settle(self._give_back(), too_late=True)
             ended = "it was a rehearsal" if self._options.memory_only else ""
             await settle(self._let_go(switchover, ended), too_late=True)
         except MigrationError as error:
@@ -228,13 +232,14 @@ class Migration:
         self, switchover: Switchover | Rehearsal, before: Before
     ) -> HandedOver:
         try:
-            await self._attach()
-            await self._drain()
-            self._phases.enter(Phase.COPY)
-            await self._rounds.copy_everything()
-            self._phases.enter(Phase.ROUNDS)
-            await self._rounds.until_converged()
-            return await _not_cancelled_once_committed(switchover)
+            async with given_up_in_time(self._transport.shortage, self._phases):
+                await self._attach()
+                await self._drain()
+                self._phases.enter(Phase.COPY)
+                await self._rounds.copy_everything()
+                self._phases.enter(Phase.ROUNDS)
+                await self._rounds.until_converged()
+                return await _not_cancelled_once_committed(switchover)
         except BaseException as error:
             await settle(self._roll_back(switchover, before, error))
             raise AssertionError("a rollback raises") from error
@@ -265,6 +270,8 @@ class Migration:
             await self._source.execute("cont")
 
     async def _verify(self) -> None:
+        if not self._options.memory_only:
+            await self._transport.check_room()
         if not (self._options.verify or self._options.memory_only):
             return
         self._phases.enter(Phase.VERIFY)
@@ -295,6 +302,13 @@ class Migration:
         await self._destination.close(reason)
         await self._transport.close()
 
+    async def _give_back(self) -> None:
+        """Give the destination's space back: it will not run, and the source may need it."""
+        try:
+            await self._transport.give_back()
+        except OSError as error:
+            _log.warning("the space of the destination's RAM is not given back: %s", error)
+
     async def _roll_back(
         self, switchover: Switchover | Rehearsal, before: Before, cause: BaseException
     ) -> None:
@@ -311,6 +325,7 @@ class Migration:
             before = replace(before, was_running=switchover.was_running)
         before = replace(before, paused_by_us=switchover.paused_by_us or self._draining)
         self._phases.enter(Phase.ROLLBACK)
+        await self._give_back()
         await switchover.close()
         try:
             await bring_back(self._source, before)
@@ -323,6 +338,8 @@ class Migration:
             raise cause
         if isinstance(cause, asyncio.CancelledError):
             raise Aborted(phase, "interrupted") from cause
+        if isinstance(cause, NoSpace):
+            raise Aborted(phase, str(cause)) from cause
         if isinstance(cause, (MigratorError, TrackerError, OSError, ValueError)):
             raise Failed(phase, str(cause)) from cause
         raise cause

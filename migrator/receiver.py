@@ -20,8 +20,9 @@ from migrator.errors import LinkError, MigratorError, WireError
 from migrator.incoming import Incoming, Outcome
 from migrator.settle import in_thread, within
 from migrator.side import blocks_of
+from migrator.space import Shortage, to_run
 from migrator.transport import wire
-from migrator.transport.arrivals import Arrivals, Target
+from migrator.transport.arrivals import Arrivals, Target, reserve_at
 from migrator.transport.connection import SILENCE_S, Connection
 from tracker.errors import TrackerError
 from tracker.ram import RamBlock
@@ -222,6 +223,8 @@ class Receiver:
             "ping": self._ping,
             "look": self._look,
             "open": self._open,
+            "reserve": self._reserve,
+            "room": self._room,
             "prepare": self._prepare,
             "begin-loading": self._begin_loading,
             "look-anew": self._look_anew,
@@ -328,6 +331,18 @@ class Receiver:
         if migration.state not in states:
             raise LinkError("receiver", f"cannot go on: {migration.reason or migration.state}")
         return migration
+
+    async def _reserve(
+        self, control: Connection, _: dict[str, Any], units: bytes
+    ) -> dict[str, Any]:
+        targets = self._from(control, "open").targets
+        return _lack(await in_thread(reserve_at, targets, units))
+
+    async def _room(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
+        targets = self._from(control, "open").targets
+        held = [int(nbytes) for nbytes in said["held"]]
+        rooms = [target.reservation.room() for target in targets]
+        return _lack(to_run(held, int(said["growth"]), rooms, {}))
 
     async def _prepare(self, control: Connection, *_: Any) -> dict[str, Any]:
         self._from(control, "open")
@@ -445,6 +460,10 @@ class Receiver:
         if decide is not None and not said["session"]:
             self._finish()  # a source may ask once more, if this answer does not arrive
         return False
+
+
+def _lack(found: Shortage | None) -> dict[str, Any]:
+    return {"needed": found.needed_bytes, "free": found.free_bytes} if found else {}
 
 
 def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:
