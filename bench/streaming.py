@@ -96,7 +96,7 @@ async def _receive(
     started = cpu = 0.0
     asked = ""
     while asked != "bye":
-        # of reserving nothing comes here: pages that are not there yet are part of what is measured
+        # nothing is reserved: the allocation of pages is a part of the time that is measured
         said, _ = await control.receive(blob=wire.STATE_LIMIT)
         asked = said["do"]
         await control.send({})

@@ -62,7 +62,7 @@ class _Pair:
 
     @property
     def reservation(self) -> Reservation:
-        """What is allocated at the destination, once it is open."""
+        """The pages allocated at the destination, once it is open."""
         assert self._reservation is not None
         return self._reservation
 
@@ -161,7 +161,7 @@ class LocalCopy:
         source, destination = self._rooms()
         held = [room.allocated_bytes for room in source]
         kept = margins(source, self._growth.lately(sum(held)))
-        # elsewhere the destination alone suffers, and writing to it is what tells
+        # elsewhere the destination alone suffers, and the writing to it fails
         shared = [i for i, room in enumerate(destination) if room.filesystem in kept]
         found = to_hold([held[i] for i in shared], [destination[i] for i in shared], kept)
         return no_space_to_hold(found) if found else None

@@ -90,7 +90,7 @@ class Reservation:
             raise OSError(error, f"punching RAM {self.block.name!r}: {os.strerror(error)}")
 
     def let_go(self) -> None:
-        """Keep what was allocated; the file may be closed."""
+        """Keep the allocated pages; the file may be closed."""
         with self._lock:
             self._over = True
             self.fd = -1

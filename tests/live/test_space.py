@@ -261,7 +261,7 @@ def test_a_host_that_is_too_small() -> None:
 
 
 def test_a_host_gives_back_what_it_took() -> None:
-    """While its QEMU lives: others on that host need the space."""
+    """While its QEMU lives: the other VMs on that host need the space."""
     with mounted("tmpfs", "size=300M") as there:
         machine = received_on(there)
 

@@ -69,8 +69,8 @@ class Wire:
     async def open(self, _: Sequence[str]) -> None:
         self._connect(0)
 
-    async def ask(self, what: str, _: bytes) -> dict[str, Any]:
-        assert what == "reserve"  # of which there is enough
+    async def ask(self, step: str, _: bytes) -> dict[str, Any]:
+        assert step == "reserve"  # there is space enough
         return {}
 
     async def resume(self, number: int) -> list[Applied]:

@@ -1,4 +1,4 @@
-"""Space for RAM files: how much is needed, what is reserved, what is given back."""
+"""Space for RAM files: how much is needed, reserved, given back."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def opened(ram: Ram) -> tuple[int, Reservation]:
 
 
 def test_a_reservation_that_fails_half_way_is_undone(tight: Tight) -> None:
-    """Somebody takes the space between the look and the allocation."""
+    """Another process takes the space between the look and the allocation."""
     destination = tight.sides.destination
     put(destination, {5: noise(5)})
     fd, made = opened(destination)
@@ -455,7 +455,7 @@ def test_a_receiver_without_space_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "blob", "arguments"),
+    ("step", "blob", "arguments"),
     [
         ("reserve", b"", {}),
         ("reserve", bytes(8 * 5), {}),
@@ -467,12 +467,12 @@ def test_a_receiver_without_space_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_nonsense_is_refused_and_the_receiver_goes_on(
-    what: str, blob: bytes, arguments: dict[str, object]
+    step: str, blob: bytes, arguments: dict[str, object]
 ) -> None:
     async def body(shm: Path) -> None:
         async with connected(shm, {"ram": 200}) as hosts:
             with pytest.raises((LinkError, VmError)):
-                await hosts.copy._session.ask(what, blob, **arguments)
+                await hosts.copy._session.ask(step, blob, **arguments)
             put(hosts.source.rams["ram"], {1: noise(1)})
             sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
             assert sent.error is None
