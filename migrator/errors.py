@@ -16,6 +16,7 @@
     │   ├── LinkLost        the connection broke, or nothing comes
     │   ├── WireError       what came makes no sense
     │   └── PeerRefused     the host there is not the one that is wanted
+    ├── NoSpace             a file system is too full for RAM              exit code 1
     ├── Refused             preflight found a reason not to begin          exit code 3
     └── MigrationError      it began, and did not end well
         ├── Aborted         given up on purpose; the source runs           exit code 1
@@ -200,6 +201,27 @@ class PeerRefused(LinkError):
     def __init__(self, peer: str, wanted: str) -> None:
         super().__init__(peer, f"expected {wanted} at the other end")
         self.wanted = wanted
+
+
+class NoSpace(MigratorError):
+    """A file system has too few bytes left for RAM that is, or may come to be, on it.
+
+    :ivar needed_bytes: bytes that are needed
+    :ivar free_bytes: bytes that are left
+    """
+
+    def __init__(self, purpose: str, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{purpose} {-(-needed_bytes >> 20)} MiB more, and the file system has "
+            f"{free_bytes >> 20} MiB left: {-(-(needed_bytes - free_bytes) >> 20)} MiB are missing"
+        )
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that have to become free."""
+        return self.needed_bytes - self.free_bytes
 
 
 class Refused(MigratorError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from typing import Any
 
 from migrator.destination import LocalDestination
 from migrator.errors import MigratorError, Unconfirmed
-from migrator.settle import within
+from migrator.settle import in_thread, within
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.connection import Connection
 from migrator.transport.messages import State
 
 _GO_S = 60.0
 _LOOK_S = 1.0
+_log = logging.getLogger(__name__)
 _LINGER_S = 600.0  # to tell a source that was lost at the wrong moment that the VM never ran
 
 _MOVES = {
@@ -182,6 +184,17 @@ class Incoming:
         self.reason = reason
         self.settled.set()
         await self._destination.close(reason)
+        await self._give_back()
+
+    async def _give_back(self) -> None:
+        """Give the space of its RAM back to the file system; nothing is written there any more."""
+        async with self.attaching:
+            await in_thread(self.hang_up)
+            for target in self.targets:
+                try:
+                    await in_thread(target.reservation.give_back)
+                except OSError as error:
+                    _log.warning("the space of its RAM is not given back: %s", error)
 
     # -- a source that is lost ------------------------------------------------------------------
 

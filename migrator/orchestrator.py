@@ -21,6 +21,7 @@ from migrator.errors import (
     GuestEnded,
     MigrationError,
     MigratorError,
+    NoSpace,
     QmpUnreachable,
     SourceUnreachable,
     Undecided,
@@ -40,6 +41,7 @@ from migrator.settings import put_back
 from migrator.settle import in_thread, settle
 from migrator.slowing import Slowing
 from migrator.sources import Sources
+from migrator.space import given_up_in_time
 from migrator.standing import ENDED_STATES, GuestEnd, guest_end, stopped_by_io_error
 from migrator.strategies import cpu_source
 from migrator.switchover import HandedOver, Switchover, stop_guest
@@ -241,6 +243,8 @@ class Migration:
         try:
             handed_over = await self._until_it_runs_there(switchover, before)
             decided = True
+            if self._options.memory_only:
+                await settle(self._give_back(), too_late=True)
             ended = "it was a rehearsal" if self._options.memory_only else ""
             await settle(self._let_go(switchover, ended), too_late=True)
         except MigrationError as error:
@@ -263,13 +267,14 @@ class Migration:
         self, switchover: Switchover | Rehearsal, before: Before
     ) -> HandedOver:
         try:
-            await self._attach()
-            await self._drain()
-            self._phases.enter(Phase.COPY)
-            await self._rounds.copy_everything()
-            self._phases.enter(Phase.ROUNDS)
-            await self._rounds.until_converged()
-            return await _not_cancelled_once_committed(switchover, self._budget())
+            async with given_up_in_time(self._transport.shortage, self._phases):
+                await self._attach()
+                await self._drain()
+                self._phases.enter(Phase.COPY)
+                await self._rounds.copy_everything()
+                self._phases.enter(Phase.ROUNDS)
+                await self._rounds.until_converged()
+                return await _not_cancelled_once_committed(switchover, self._budget())
         except BaseException as error:
             await settle(self._roll_back(switchover, before, error))
             raise AssertionError("a rollback raises") from error
@@ -316,6 +321,8 @@ class Migration:
         await self._rounds.last_by_comparison(await self._sources.data_of_ended())
 
     async def _verify(self) -> None:
+        if not self._options.memory_only:
+            await self._transport.check_room()
         if not (self._options.verify or self._options.memory_only):
             return
         self._phases.enter(Phase.VERIFY)
@@ -364,6 +371,13 @@ class Migration:
         await self._destination.close(reason)
         await self._transport.close()
 
+    async def _give_back(self) -> None:
+        """Give the destination's space back: it will not run, and the source may need it."""
+        try:
+            await self._transport.give_back()
+        except OSError as error:
+            _log.warning("the space of the destination's RAM is not given back: %s", error)
+
     async def _roll_back(
         self, switchover: Switchover | Rehearsal, before: Before, cause: BaseException
     ) -> None:
@@ -378,6 +392,9 @@ class Migration:
             raise cause
         before = self._before_it_was_stopped(switchover, before)
         self._phases.enter(Phase.ROLLBACK)
+        scarce = self._transport.shortage() is not None
+        if scarce:  # the source would die of it when it goes on; else it need not wait for this
+            await self._give_back()
         await switchover.close()
         try:
             state = await bring_back(self._source, before)
@@ -389,6 +406,8 @@ class Migration:
             known = [f"it was given up because {cause}", str(error), "the destination was not run"]
             raise Undecided(phase, "the source could not be brought back", known) from cause
         finally:
+            if not scarce:
+                await self._give_back()
             await self._let_go(switchover, str(cause) or "interrupted")
         if state in ENDED_STATES:
             end = guest_end(self._source) or GuestEnd(state)
@@ -401,6 +420,8 @@ class Migration:
             raise cause
         if isinstance(cause, asyncio.CancelledError):
             raise Aborted(phase, "interrupted" + as_it_is) from cause
+        if isinstance(cause, NoSpace):
+            raise Aborted(phase, str(cause) + as_it_is) from cause
         if isinstance(cause, (MigratorError, TrackerError, OSError, ValueError)):
             raise Failed(phase, str(cause) + as_it_is) from cause
         raise cause

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from migrator.errors import Refused
+from migrator.errors import NoSpace, Refused
 from migrator.findings import (
     Finding,
     backend_findings,
@@ -22,20 +22,23 @@ from migrator.jobs import job_findings
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.settle import in_thread
 from migrator.side import (
-    Room,
+    Side,
     block_nodes,
     blocks_of,
     guest_findings,
     machine_of,
     mapper_findings,
     process_findings,
+    room_at,
 )
 from migrator.sources import Tracking
+from migrator.space import Room, growth_bytes, margins, to_hold, to_run
+from migrator.transport.reservation import no_space_to_hold, no_space_to_run
 from tracker.answering import check_answering
 from tracker.dma import dma_sources
 from tracker.errors import NotTracking, TrackerError
 from tracker.probe import check_tracking
-from tracker.ram import GuestRange, RamBlock, open_file, parse_flat_view
+from tracker.ram import GuestRange, RamBlock, parse_flat_view
 from tracker.source import DirtySource
 from tracker.uffd import UffdAsync
 from tracker.uffdsync import UffdSync
@@ -43,6 +46,8 @@ from tracker.vfio import VfioType1
 
 if TYPE_CHECKING:
     from migrator.destination import Destination
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,9 @@ async def preflight(
     findings += unread
     findings += await in_thread(mapper_findings, source, source_blocks)
     findings += side.mappers
-    findings += _space_findings(source, source_blocks, side.rooms or {})
+    findings += await in_thread(
+        lambda: _space_findings(source, source_blocks, side, runs_there=not memory_only)
+    )
     if findings:
         raise Refused(findings)
 
@@ -286,28 +293,37 @@ def _unread(why: str) -> Finding:
 
 
 def _space_findings(
-    source: Qmp, blocks: Sequence[RamBlock], rooms: Mapping[str, Room]
+    source: Qmp, blocks: Sequence[RamBlock], side: Side, *, runs_there: bool
 ) -> list[Finding]:
-    needed: dict[int, int] = {}
-    free: dict[int, int] = {}
-    for block in blocks:
-        room = rooms[block.name]
-        if room.free_bytes is None:
-            continue
-        fd = open_file(source.pid, block)
-        try:
-            more = os.fstat(fd).st_blocks * 512 - room.allocated_bytes
-        finally:
-            os.close(fd)
-        needed[room.filesystem] = needed.get(room.filesystem, 0) + max(0, more)
-        free[room.filesystem] = room.free_bytes
-    return [
-        Finding(
-            "space",
-            f"the destination's RAM needs {needed[filesystem] >> 20} MiB more, its file "
-            f"system has {left >> 20} MiB left",
-            "make the file system larger, or use another mem-path",
-        )
-        for filesystem, left in free.items()
-        if needed[filesystem] > left
-    ]
+    """Whether the guest fits the destination's file systems.
+
+    :param runs_there: the guest is to run there too, and to grow as it may at the source
+    """
+    here = [room_at(source.pid, block) for block in blocks]
+    there = [(side.rooms or {})[block.name] for block in blocks]
+    held = [room.allocated_bytes for room in here]
+    kept = margins(here) if side.pid is not None else {}  # numbers of another host mean nothing
+    lack: NoSpace | None = None
+    if (found := to_hold(held, there, kept)) is not None:
+        lack = no_space_to_hold(found)
+    elif runs_there and (found := to_run(held, growth_bytes(here), there, kept)) is not None:
+        lack = no_space_to_run(found)
+    if lack is None:
+        _warn_of_growth(here, there, kept)
+        return []
+    return [Finding("space", str(lack), "make the file system larger, or use another mem-path")]
+
+
+def _warn_of_growth(here: Sequence[Room], there: Sequence[Room], kept: Mapping[int, int]) -> None:
+    for filesystem in kept:
+        pairs = [(a, b) for a, b in zip(here, there, strict=True) if b.filesystem == filesystem]
+        free = min((b.free_bytes for _, b in pairs if b.free_bytes is not None), default=None)
+        # at the most, both sides come to hold all of the guest's memory
+        most = sum(a.growth_bytes + b.growth_bytes for a, b in pairs)
+        if free is not None and most > free:
+            # this belongs into the warnings of the plan, once it has some
+            _log.warning(
+                "source and destination share a file system with %d MiB left, and both may come "
+                "to need %d MiB of it: the migration is given up if the guest touches too much",
+                *(free >> 20, most >> 20),
+            )

@@ -20,10 +20,11 @@ from migrator.errors import LinkError, LinkLost, MigratorError, WireError
 from migrator.incoming import Incoming, Outcome
 from migrator.settle import in_thread, within
 from migrator.side import blocks_of
+from migrator.space import Shortage, to_run
 from migrator.transport import wire
-from migrator.transport.arrivals import Arrivals, Target
+from migrator.transport.arrivals import Arrivals, Target, reserve_at
 from migrator.transport.connection import Connection
-from migrator.transport.messages import Go, Greeting, Load, Open, Parting, State, parse
+from migrator.transport.messages import Go, Greeting, Load, Open, Parting, Room, State, parse
 from tracker.errors import TrackerError
 from tracker.ram import RamBlock
 
@@ -237,6 +238,8 @@ class Receiver:
             "ping": self._ping,
             "look": self._look,
             "open": self._open,
+            "reserve": self._reserve,
+            "room": self._room,
             "prepare": self._prepare,
             "begin-loading": self._begin_loading,
             "look-anew": self._look_anew,
@@ -362,6 +365,20 @@ class Receiver:
         if migration.state not in states:
             raise _cannot_go_on(migration)
         return migration
+
+    async def _reserve(
+        self, control: Connection, _: dict[str, Any], units: bytes
+    ) -> dict[str, Any]:
+        targets = self._from(control, State.OPEN).targets
+        return _lack(await in_thread(reserve_at, targets, units))
+
+    async def _room(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
+        targets = self._from(control, State.OPEN).targets
+        room = parse(Room, said, control.peer)
+        if len(room.held) != len(targets):
+            raise LinkError("receiver", "was told of another number of RAM blocks")
+        rooms = [target.reservation.room() for target in targets]
+        return _lack(to_run(room.held, room.growth, rooms, {}))
 
     async def _prepare(self, control: Connection, *_: Any) -> dict[str, Any]:
         self._from(control, State.OPEN)
@@ -489,6 +506,10 @@ class Receiver:
 
 def _cannot_go_on(migration: Incoming) -> LinkError:
     return LinkError("receiver", f"cannot go on: {migration.reason or migration.state.value}")
+
+
+def _lack(found: Shortage | None) -> dict[str, Any]:
+    return {"needed": found.needed_bytes, "free": found.free_bytes} if found else {}
 
 
 def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:

@@ -20,6 +20,7 @@ from migrator.findings import (
 )
 from migrator.qmp import Qmp
 from migrator.settle import in_thread
+from migrator.space import Room, room_of
 from migrator.transport.messages import SideSaid
 from tracker.errors import TrackerError
 from tracker.ram import (
@@ -30,21 +31,6 @@ from tracker.ram import (
     other_mappers,
     parse_flat_view,
 )
-
-
-@dataclass(frozen=True)
-class Room:
-    """The file of a RAM block, and where it lies.
-
-    :ivar filesystem: ``st_dev``: blocks with the same one share what is free
-    :ivar allocated_bytes: what the file holds already
-    :ivar free_bytes: what the file system has left; ``None`` if it has no limit, or if all that the
-        block needs was reserved when QEMU mapped it (hugetlbfs)
-    """
-
-    filesystem: int
-    allocated_bytes: int
-    free_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -109,7 +95,7 @@ async def look_at(vm: Qmp) -> Side:
         (),
         blocks,
         mappers=tuple(await in_thread(mapper_findings, vm, blocks)),
-        rooms={block.name: await in_thread(_room, vm.pid, block) for block in blocks},
+        rooms={block.name: await in_thread(room_at, vm.pid, block) for block in blocks},
         machine=machine,
         guest_ranges=tuple(parse_flat_view(await vm.human("info mtree -f"))),
     )
@@ -226,12 +212,13 @@ async def _waiting_findings(vm: Qmp) -> list[Finding]:
     ]
 
 
-def _room(pid: int, block: RamBlock) -> Room:
+def room_at(pid: int, block: RamBlock) -> Room:
+    """See :func:`migrator.space.room_of`.
+
+    :raise OSError, RamError: the file cannot be looked at
+    """
     fd = open_file(pid, block)
     try:
-        allocated = os.fstat(fd).st_blocks * 512
-        space = os.fstatvfs(fd)
+        return room_of(fd, block)
     finally:
         os.close(fd)
-    limited = space.f_blocks and not block.is_hugetlb
-    return Room(block.device, allocated, space.f_bavail * space.f_frsize if limited else None)

@@ -1,4 +1,4 @@
-"""The compiled loops over pages of memory: found to be zeros, copied, compared, punched out.
+"""The compiled loops over pages: found to be zeros, copied, compared, reserved, punched out.
 
 Arguments are those of :mod:`tracker.kernels`.
 
@@ -29,6 +29,10 @@ from tracker.kernels import (
 
 LONGEST_COPY = 1 << 20
 """Bytes: adjacent pages are copied together up to this much; beyond, pwrite gains nothing."""
+
+LONGEST_PUNCH = 16 << 20
+"""Bytes, but for a larger page: tmpfs counts pages as free only when the call that punches them has
+ended (Linux: ``mm/shmem.c:shmem_truncate_range``), and a guest may wait for them."""
 
 
 @kernel
@@ -170,9 +174,35 @@ def punch_pages(fd: int, page_size: int, words: Words) -> int:
     starts, lengths = np.empty(n, np.int64), np.empty(n, np.int64)
     find_runs(words, starts, lengths)
     for i in range(n):
-        offset, nbytes = starts[i] * page_size, lengths[i] * page_size
-        if native.fallocate(fd, native.PUNCH_HOLE, offset, nbytes) != 0:
-            return native.errno()
+        offset, end = starts[i] * page_size, (starts[i] + lengths[i]) * page_size
+        while offset < end:
+            nbytes = min(end - offset, max(LONGEST_PUNCH, page_size))
+            if native.fallocate(fd, native.PUNCH_HOLE, offset, nbytes) != 0:
+                return native.errno()
+            offset += nbytes
+    return 0
+
+
+@kernel
+def reserve_pages(fd: int, page_size: int, words: Words, first_word: int, last_word: int) -> int:
+    """Allocate the pages of a slice of words in the file; their content stays.
+
+    A page that was a hole reads as zeros, and stays one to SEEK_DATA until it is written.
+
+    :return: 0, or the errno of fallocate(2): then some of them may be allocated
+    """
+    if first_word < 0 or last_word > len(words):
+        raise BitmapError("a slice outside the bitmap")
+    some = words[first_word:last_word]
+    n = count_runs(some)
+    starts, lengths = np.empty(n, np.int64), np.empty(n, np.int64)
+    find_runs(some, starts, lengths)
+    for i in range(n):
+        offset, nbytes = (64 * first_word + starts[i]) * page_size, lengths[i] * page_size
+        while native.fallocate(fd, 0, offset, nbytes) != 0:
+            error = native.errno()
+            if error != errno.EINTR:
+                return error
     return 0
 
 
@@ -265,6 +295,7 @@ def warm_up() -> None:
     mapped.flags.writeable = False  # a PROT_READ mapping is another type to numba
     seek_data(-1, 0, 4096, words[:0])
     punch_pages(-1, 4096, words)
+    reserve_pages(-1, 4096, words, 0, 1)
     for a in (memory, mapped):
         zero_pages(a, 4096, words, words)
         copy_pages(a, memory, -1, 4096, words, words, words, words, 0, 0)

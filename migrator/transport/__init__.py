@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from migrator.errors import NoSpace
 from tracker.bitmap import DirtyBitmap
 
 
@@ -92,13 +93,36 @@ class Transport(Sender, Protocol):
     """A sender, from the connecting of both sides to the end."""
 
     async def open(self) -> None:
-        """Connect both sides.
+        """Connect both sides, and reserve at the destination the pages that the source holds.
 
         :raise OSError: one of them cannot be reached
+        :raise NoSpace: the destination lacks the space; nothing stays reserved
+        """
+
+    def shortage(self) -> NoSpace | None:
+        """Whether the copy leaves the source too little space to grow. Takes microseconds.
+
+        Always ``None`` where both sides share no file system.
+        """
+
+    async def check_room(self) -> None:
+        """Check that the guest may grow at the destination as it may at the source.
+
+        :raise NoSpace: it may not: it would die of SIGBUS where it lives on at the source
+        :raise OSError: a file cannot be looked at
         """
 
     async def compare(self) -> Comparison:
         """Compare all pages of all blocks on both sides. Both VMs stand still."""
+
+    async def give_back(self) -> None:
+        """Punch out of the destination's files all that was allocated there for this migration.
+
+        Only to be called where the destination certainly will not run. A destination on another
+        host does it by itself, once it knows. May be called again, and when nothing is open.
+
+        :raise OSError: the file system does not take it back
+        """
 
     async def close(self) -> None:
         """Let go of both sides. May be called again."""

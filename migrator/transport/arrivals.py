@@ -13,15 +13,17 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from migrator.errors import LinkError, LinkLost, WireError
+from migrator.errors import LinkError, LinkLost, NoSpace, WireError
+from migrator.space import Shortage, to_hold
 from migrator.transport import wire
 from migrator.transport.connection import hang_up
+from migrator.transport.reservation import Reservation, no_space_to_hold, reserve_all
 from migrator.transport.wire import CHUNK_UNITS, Frame, Kind, Packing
 from tracker import frames, kernels, pagehash, rescale
 from tracker.bitmap import DirtyBitmap
@@ -54,10 +56,28 @@ class Target:
         self._lock = threading.Lock()  # kernels change bitmap words without one
         self._filled = DirtyBitmap.empty(block.npages)
         self.look_anew()
+        self.reservation = Reservation(self._file, block, self._present)
 
     def look_anew(self) -> None:
         """See which pages the file holds."""
         self._present = data_pages(self._pid, self._block, self._file)
+
+    def pages(self, units: NDArray[np.uint64]) -> DirtyBitmap:
+        """Pages of which any unit is set.
+
+        :raise BitmapError: more units than the block has
+        """
+        found = DirtyBitmap(self.nunits, units)
+        if self._block.page_size == UNIT:
+            return found
+        pages = DirtyBitmap.empty(self._block.npages)
+        size = self._block.page_size
+        rescale.spread(found.words, 0, self.nunits, UNIT, pages.words, size, 0)
+        return pages
+
+    def size_of(self, pages: DirtyBitmap) -> int:
+        """Bytes of some pages."""
+        return pages.count() * self._block.page_size
 
     def put(self, content: NDArray[np.uint8], runs: Runs) -> None:
         """Write the content of runs that were checked, and clear those of zeros.
@@ -126,11 +146,41 @@ class Target:
 
     def close(self) -> None:
         """Unmap it. No thread may use it any more."""
+        self.reservation.let_go()
         self._memory = self._to_write = _NOWHERE
         # a view that an error's frames keep lives a little longer, and the mapping with it
         with contextlib.suppress(BufferError):
             self._map.close()
         os.close(self._file)
+
+
+def reserve_at(targets: Sequence[Target], units: bytes) -> Shortage | None:
+    """Reserve the pages that the source holds, or none.
+
+    :param units: a bit a unit of 4096 bytes, as whole 64-bit words, of one block after the other
+    :return: the space that is missing, if any is
+    :raise ValueError: not as many bits as the blocks have
+    :raise BitmapError: bits past the last unit
+    :raise OSError: a file cannot be allocated
+    """
+    words = np.frombuffer(units, "<u8").astype(np.uint64)
+    lengths = [(target.nunits + 63) // 64 for target in targets]
+    if len(words) != sum(lengths):
+        raise ValueError(f"{len(words)} words of units for {sum(lengths)}")
+    pieces = np.split(words, np.cumsum(lengths)[:-1]) if targets else []
+    pages = [target.pages(piece.copy()) for target, piece in zip(targets, pieces, strict=True)]
+    reservations = [target.reservation for target in targets]
+
+    def look() -> NoSpace | None:
+        held = [target.size_of(some) for target, some in zip(targets, pages, strict=True)]
+        found = to_hold(held, [reservation.room() for reservation in reservations], {})
+        return no_space_to_hold(found) if found else None
+
+    try:
+        reserve_all(reservations, pages, look)
+    except NoSpace as lack:
+        return Shortage(lack.needed_bytes, lack.free_bytes)
+    return None
 
 
 class Arrivals(threading.Thread):

@@ -13,8 +13,16 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.errors import NoSpace
 from migrator.settle import ended, in_thread, settle
+from migrator.space import Growth, Room, growth_bytes, margins, room_of, to_hold, to_run
 from migrator.transport import Comparison, Sent
+from migrator.transport.reservation import (
+    Reservation,
+    no_space_to_hold,
+    no_space_to_run,
+    reserve_all,
+)
 from tracker.bitmap import DirtyBitmap
 from tracker.extents import data_pages
 from tracker.pages import compare_pages, copy_pages, punch_pages, zero_pages
@@ -35,6 +43,7 @@ class _Pair:
     ) -> None:
         self.source_pid, self.source = source_pid, source
         self.destination_pid, self.destination = destination_pid, destination
+        self._reservation: Reservation | None = None
         self._fds: list[int] = []
         self._maps: list[mmap.mmap] = []
 
@@ -47,8 +56,15 @@ class _Pair:
             mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
         )
         self.present = self.destination_data()
+        self._reservation = Reservation(self.fd, self.destination, self.present)
         self.write_to = self.to_memory if writable else _NOWHERE
         self.write_fd = -1 if writable else self.fd
+
+    @property
+    def reservation(self) -> Reservation:
+        """The pages allocated at the destination, once it is open."""
+        assert self._reservation is not None
+        return self._reservation
 
     def _map(self, pid: int, block: RamBlock, protection: int) -> tuple[int, NDArray[np.uint8]]:
         fd = open_file(pid, block)
@@ -64,6 +80,8 @@ class _Pair:
         return data_pages(self.destination_pid, self.destination, self.fd)
 
     def close(self) -> None:
+        if self._reservation is not None:
+            self._reservation.let_go()
         self.from_memory = self.to_memory = self.write_to = _NOWHERE
         while self._maps:
             self._maps.pop().close()
@@ -93,6 +111,8 @@ class LocalCopy:
         ]
         self._sent_pages = 0
         self._stop = False
+        self._is_open = False
+        self._growth = Growth()
 
     @property
     def sent_pages(self) -> int:
@@ -100,16 +120,69 @@ class LocalCopy:
         return self._sent_pages
 
     async def open(self) -> None:
-        """Map both sides.
+        """Map both sides; reserve at the destination the pages that the source holds.
 
         :raise OSError: a file cannot be opened or mapped
         :raise RamError: a file is not what it was
+        :raise NoSpace: there is too little space; nothing stays reserved
         """
         await in_thread(self._open)
+        await self._stoppable(self._reserve)
 
     def _open(self) -> None:
         for pair in self._pairs:
             pair.open()
+        self._is_open = True
+
+    # -- space ----------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        def look() -> NoSpace | None:
+            if self._stop:
+                raise InterruptedError(errno.EINTR, "reserving RAM was interrupted")
+            source, destination = self._rooms()
+            found = to_hold([room.allocated_bytes for room in source], destination, margins(source))
+            return no_space_to_hold(found) if found else None
+
+        held = [pair.source_data() for pair in self._pairs]
+        reserve_all([pair.reservation for pair in self._pairs], held, look)
+
+    def _rooms(self) -> tuple[list[Room], list[Room]]:
+        return (
+            [room_of(pair.source_fd, pair.source) for pair in self._pairs],
+            [pair.reservation.room() for pair in self._pairs],
+        )
+
+    def shortage(self) -> NoSpace | None:
+        """See :meth:`migrator.transport.Transport.shortage`."""
+        ours = {pair.source.device for pair in self._pairs}
+        if not self._is_open or ours.isdisjoint(pair.destination.device for pair in self._pairs):
+            return None
+        source, destination = self._rooms()
+        held = [room.allocated_bytes for room in source]
+        kept = margins(source, self._growth.lately(sum(held)))
+        # elsewhere the destination alone suffers, and the writing to it fails
+        shared = [i for i, room in enumerate(destination) if room.filesystem in kept]
+        found = to_hold([held[i] for i in shared], [destination[i] for i in shared], kept)
+        return no_space_to_hold(found) if found else None
+
+    async def check_room(self) -> None:
+        """See :meth:`migrator.transport.Transport.check_room`."""
+        source, destination = self._rooms()
+        held = [room.allocated_bytes for room in source]
+        found = to_run(held, growth_bytes(source), destination, margins(source))
+        if found is not None:
+            raise no_space_to_run(found)
+
+    async def give_back(self) -> None:
+        """See :meth:`migrator.transport.Transport.give_back`."""
+        await in_thread(self._give_back)
+
+    def _give_back(self) -> None:
+        for pair in self._pairs if self._is_open else ():
+            pair.reservation.give_back()
+
+    # -- pages ----------------------------------------------------------------------------------
 
     async def send(
         self,
@@ -130,6 +203,8 @@ class LocalCopy:
         except asyncio.CancelledError:
             self._stop = True
             await settle(ended(thread))
+            if not thread.cancelled():
+                thread.exception()
             raise
 
     def _send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
@@ -156,7 +231,8 @@ class LocalCopy:
 
     def _send_block(self, pair: _Pair, dirty: DirtyBitmap, data: DirtyBitmap, sent: Sent) -> int:
         page_size = pair.source.page_size
-        holes = dirty.minus(data).count()
+        discarded = dirty.minus(data)
+        holes = discarded.count()
         self._sent_pages += holes  # for whoever watches: they take no time
         cleared = DirtyBitmap.empty(dirty.npages)
         for first, last in _parts(dirty):
@@ -182,6 +258,10 @@ class LocalCopy:
             self._sent_pages += copied + zeros
         if cleared.any():
             error = self._clear(pair, cleared)
+            if error:
+                return error
+        if holes:  # they are to be none at the destination only because they were reserved
+            error = pair.reservation.discard(discarded.minus(pair.present))
             if error:
                 return error
         if pair.destination.is_hugetlb:
@@ -267,6 +347,7 @@ class LocalCopy:
         await in_thread(self._close)
 
     def _close(self) -> None:
+        self._is_open = False
         for pair in self._pairs:
             pair.close()
 

@@ -104,9 +104,10 @@ class BlockSaid(Message):
 
 
 class RoomSaid(Message):
-    """See :class:`migrator.side.Room`."""
+    """See :class:`migrator.space.Room`."""
 
     filesystem: Annotated[int, Field(ge=0, lt=1 << 64)]
+    size_bytes: Count
     allocated_bytes: Count
     free_bytes: Count | None
 
@@ -146,6 +147,13 @@ class Looked(Message):
     side: SideSaid
 
 
+class Lack(Message):
+    """The answer to ``reserve`` and ``room``: a file system that is too small, if one is."""
+
+    needed: Count | None = None
+    free: Count = 0
+
+
 # -- from the source ----------------------------------------------------------------------------
 
 Decision = Literal["source", "destination"]
@@ -178,6 +186,13 @@ class Load(Message):
 
     end: Annotated[int, Field(gt=0, le=wire.STATE_LIMIT)]
     timeout_s: Seconds
+
+
+class Room(Message):
+    """Bytes that the source holds, by block, and by which the guest could grow there."""
+
+    held: Annotated[list[Count], Field(max_length=wire.BLOCKS_LIMIT)]
+    growth: Count
 
 
 class Go(Message):

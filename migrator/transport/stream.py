@@ -12,15 +12,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.errors import LinkError, LinkLost
+from migrator.errors import LinkError, LinkLost, NoSpace
 from migrator.settle import ended, in_thread, settle, within
+from migrator.space import Shortage, growth_bytes, room_of
 from migrator.transport import Comparison, Sent
+from migrator.transport.messages import Lack, parse
 from migrator.transport.packing import Pace
 from migrator.transport.parts import PART_UNITS, Part, Ram, Work
+from migrator.transport.reservation import no_space_to_hold, no_space_to_run
 from migrator.transport.sending import Stream
 from migrator.transport.session import Applied, Session
 from migrator.transport.wire import CHUNK_UNITS, Kind
@@ -66,11 +70,13 @@ class StreamCopy:
         :raise OSError: a file cannot be opened or mapped
         :raise RamError: a file is not what it was
         :raise LinkError: the other host does not
+        :raise NoSpace: the destination lacks the space; nothing stays reserved
         """
         await in_thread(warm_up)
         await in_thread(self._map)
         await self._session.open([block.name for block in self._blocks])
         self._use_streams()
+        await self._reserve()
 
     def _map(self) -> None:
         for block in self._blocks:
@@ -89,6 +95,43 @@ class StreamCopy:
         self._streams = [
             Stream(sock, session.peer, session.link.compress) for sock in session.streams
         ]
+
+    # -- space ----------------------------------------------------------------------------------
+
+    async def _reserve(self) -> None:
+        held = await in_thread(
+            lambda: [ram.units(data_pages(ram.pid, ram.block, ram.fd)) for ram in self._rams]
+        )
+        answer = await self._session.ask("reserve", b"".join(units.tobytes() for units in held))
+        lack = self._lack(answer)
+        if lack is not None:
+            raise no_space_to_hold(lack)
+
+    def shortage(self) -> NoSpace | None:
+        """See :meth:`migrator.transport.Transport.shortage`: two hosts share no file system."""
+        return None
+
+    async def check_room(self) -> None:
+        """See :meth:`migrator.transport.Transport.check_room`.
+
+        :raise LinkError: the other host is lost
+        """
+        source = [room_of(ram.fd, ram.block) for ram in self._rams]
+        answer = await self._session.ask(
+            "room",
+            held=[room.allocated_bytes for room in source],
+            growth=growth_bytes(source),
+        )
+        lack = self._lack(answer)
+        if lack is not None:
+            raise no_space_to_run(lack)
+
+    def _lack(self, answer: Mapping[str, Any]) -> Shortage | None:
+        lack = parse(Lack, answer, self._session.peer)
+        return Shortage(lack.needed, lack.free) if lack.needed is not None else None
+
+    async def give_back(self) -> None:
+        """See :meth:`migrator.transport.Transport.give_back`: the receiver does it, once parted."""
 
     # -- a round --------------------------------------------------------------------------------
 

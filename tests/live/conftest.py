@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,4 +66,15 @@ def mounted(kind: str, options: str) -> Iterator[Path]:
         try:
             yield Path(directory)
         finally:
-            subprocess.run(["umount", directory], check=True)
+            _unmount(directory)
+
+
+def _unmount(directory: str) -> None:
+    """Unmount it; a process that has ended a moment ago may still let go of its memory."""
+    deadline = time.monotonic() + 30.0
+    while True:
+        done = subprocess.run(["umount", directory], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.1)

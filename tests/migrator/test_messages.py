@@ -27,7 +27,7 @@ from migrator.transport.messages import (
 )
 
 KINDS: list[type[Message]] = [Arrived, Go, Greeting, Load, Looked, Open, Parting, Told]
-ROOM = {"filesystem": 1, "allocated_bytes": 0, "free_bytes": None}
+ROOM = {"filesystem": 1, "size_bytes": 1 << 20, "allocated_bytes": 0, "free_bytes": None}
 SIDE: dict[str, Any] = {
     "findings": [],
     "blocks": [{"name": "ram", "size": 1 << 20, "page_size": 4096}],

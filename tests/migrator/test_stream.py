@@ -487,9 +487,8 @@ def test_a_destination_that_is_full(shm: Path, tmp_path: Path, streams: int) -> 
     async def body() -> None:
         half = BIG["ram"] // 2 * PAGE
         with small_tmpfs(tmp_path / "small", f"{half}") as small:
-            async with connected(
-                shm, BIG, prepare=everywhere, destination_directory=small, streams=streams
-            ) as hosts:
+            async with connected(shm, BIG, destination_directory=small, streams=streams) as hosts:
+                everywhere(hosts.source, hosts.destination)
                 sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
                 assert isinstance(sent.error, LinkError)
                 assert "No space left on device" in str(sent.error)

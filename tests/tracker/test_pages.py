@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import require
 from tests.tracker import naive
+from tests.tracker.mapper import small_tmpfs
 from tests.tracker.test_kernels import NPAGES, PAGE, subsets
 from tracker import pages
 from tracker.errors import BitmapError
@@ -58,6 +60,7 @@ def refusals() -> Iterator[object]:
     yield refusal("copy slice", pages.copy_pages, page, page, -1, PAGE, *w, 0, 2)
     yield refusal("copy negative slice", pages.copy_pages, page, page, -1, PAGE, *w, -1, 1)
     yield refusal("compare memory", pages.compare_pages, page, twice, PAGE, *w[:3], 0, 1)
+    yield refusal("reserve slice", pages.reserve_pages, -1, PAGE, w[0], 0, 2)
     yield refusal("compare slice", pages.compare_pages, page, page, PAGE, *w[:3], 0, 2)
 
 
@@ -314,6 +317,57 @@ def test_a_file_that_shrank_is_no_file_of_holes(kind: str) -> None:
         assert pages.seek_data(file.fd, 100, PAGE, words) == 0
         os.ftruncate(file.fd, 100 * PAGE - 1)
         assert pages.seek_data(file.fd, 100, PAGE, words) == errno.ENXIO
+
+
+@given(st.lists(KINDS, max_size=200), st.data())
+def test_reserved_pages_keep_their_content_and_stay_holes(
+    kinds: list[str], data: st.DataObject
+) -> None:
+    npages = len(kinds)
+    wanted = data.draw(subsets(npages))
+    first, last = sorted(data.draw(st.integers(0, (npages + 63) // 64)) for _ in range(2))
+    with tmpfs_files((kinds, 1)) as (file,):
+        content, held = file.content(), file.data()
+        words = naive.words_of(wanted, npages)
+        assert pages.reserve_pages(file.fd, PAGE, words, first, last) == 0
+        reserved = {page for page in wanted if 64 * first <= page < 64 * last}
+        assert os.fstat(file.fd).st_blocks * 512 == len(held | reserved) * PAGE
+        assert naive.data(file.fd, npages, PAGE) == held
+        assert file.content() == content
+
+
+def test_what_cannot_be_reserved_is_an_errno(tmp_path: Path) -> None:
+    words = naive.words_of({0, 2}, 3)
+    assert pages.reserve_pages(-1, PAGE, words, 0, 1) == errno.EBADF
+    with small_tmpfs(tmp_path / "small", f"{PAGE}") as small, (small / "file").open("wb") as file:
+        assert pages.reserve_pages(file.fileno(), PAGE, words, 0, 1) == errno.ENOSPC
+        assert pages.reserve_pages(file.fileno(), PAGE, words, 1, 1) == 0
+
+
+def test_space_comes_back_while_pages_are_still_punched(tmp_path: Path) -> None:
+    """A guest that needs some of it does not wait for all of it."""
+    npages = 16 * pages.LONGEST_PUNCH // PAGE + 1
+    words = naive.words_of(set(range(npages)), npages)
+    seen: set[int] = set()
+    with (
+        small_tmpfs(tmp_path / "small", f"{npages * PAGE}") as small,
+        (small / "file").open("wb") as file,
+    ):
+        fd = file.fileno()
+        os.truncate(fd, npages * PAGE)
+        for _ in range(20):  # a busy machine may not let us look in time
+            assert pages.reserve_pages(fd, PAGE, words, 0, len(words)) == 0
+            punching = threading.Thread(target=pages.punch_pages, args=(fd, PAGE, words))
+            punching.start()
+            while punching.is_alive():
+                seen.add(os.fstatvfs(fd).f_bfree)
+            punching.join()
+            seen -= {0, os.fstatvfs(fd).f_bfree}
+            assert os.fstat(fd).st_blocks == 0
+            if len(seen) > 2:
+                break
+            seen.clear()
+    assert len(seen) > 2  # one may come from elsewhere: to look at a file may update it
 
 
 def test_what_cannot_be_punched_is_an_errno() -> None:
