@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--without", action="append", metavar="ORACLE", help="do not ask this one")
     asked = parser.parse_args()
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also of what is started
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also of child processes
     warm_up()
     base = asked.seed if asked.seed is not None else time.time_ns() % (1 << 32)
     named = frozenset(f for f in Fault if any(n in f.value for n in asked.fault or []))

@@ -1,4 +1,4 @@
-"""Many disturbed migrations, several at a time, and what came of them."""
+"""Many disturbed migrations, several at a time, and their results."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ main(prog_name="migrator")
 class Pipe:
     """The reading end of a pipe, read as it fills.
 
-    :ivar data: what has come
+    :ivar data: all that has come
     :ivar ended: set when all writers are gone, or after :meth:`close`
     :ivar writer: the other end, for a process that is started
     """
@@ -101,7 +101,7 @@ class Pipe:
 
     @property
     def text(self) -> str:
-        """What has come, as text."""
+        """All that has come, as text."""
         return self.data.decode(errors="replace")
 
 

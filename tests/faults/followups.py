@@ -1,4 +1,4 @@
-"""After the look: the operator resolves what is undecided, and migrates what remains."""
+"""After the look: the operator resolves an undecided migration, and migrates the VM again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def resolved(scene: Scene, *, ended: bool) -> str:
     """Let one side run where neither does, as the operator would with ``migrator resolve``.
 
     :param ended: whether the command did end; one that did not is killed first
-    :return: what was wrong with that; empty if nothing was, or if it was not needed
+    :return: the fault in that; empty if there was none, or if it was not needed
     """
     if not ended:
         await scene.command.close()
@@ -61,7 +61,7 @@ async def _resolve(scene: Scene, *options: str) -> tuple[int | None, dict[str, A
 async def _asked(scene: Scene, source: str, destination: str) -> tuple[str, str]:
     """Ask both sides; nothing is changed.
 
-    :return: what was wrong with the answer, and the state of the receiver
+    :return: the fault in the answer, and the state of the receiver
     """
     named = ["--source", scene.source.qmp] if source != "gone" else []
     code, said, text = await _resolve(scene, *named, *scene.link())
@@ -78,7 +78,7 @@ async def _asked(scene: Scene, source: str, destination: str) -> tuple[str, str]
 async def _decided(scene: Scene, side: str, *how: str) -> str:
     """Decide for a side.
 
-    :return: what was wrong
+    :return: the fault in that; empty if there was none
     """
     source = await scene.source.monitor.run_state()
     named = ["--source", scene.source.qmp] if source != "gone" else []
@@ -99,7 +99,7 @@ async def follow_up(scene: Scene, resets: int) -> tuple[str, str]:
     """Migrate the side that remains to a third QEMU, and check its RAM before and after.
 
     :param resets: how often the guest may have booted anew
-    :return: what was wrong with the migration, and with the RAM
+    :return: the faults of the migration, and of the RAM
     """
     survivor = await _survivor(scene)
     if survivor is None:

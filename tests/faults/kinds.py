@@ -52,7 +52,7 @@ NETWORK = frozenset(
 )
 RECEIVER = frozenset({Fault.RECEIVER_KILL, Fault.RECEIVER_TERM, Fault.RECEIVER_HUP})
 TWO_HOSTS_ONLY = NETWORK | RECEIVER
-"""Faults of what only a migration between hosts has."""
+"""Faults of parts that only a migration between hosts has."""
 
 ENDS_SOURCE = frozenset({Fault.SOURCE_KILL, Fault.SOURCE_QUIT, Fault.GUEST_ENDS})
 ENDS_DESTINATION = frozenset({Fault.DESTINATION_KILL, Fault.DESTINATION_QUIT})

@@ -1,7 +1,7 @@
 """A second QMP monitor of a QEMU: an operator's, and the campaign's own witness of events.
 
 It shares nothing with :mod:`migrator.qmp`: an oracle that used the product's own client would
-trust what it is meant to check.
+trust the code that it is meant to check.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was seen of one disturbed migration, once the dust had settled: data without judgement."""
+"""The observation of one disturbed migration, once the dust had settled: data without judgement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SideSeen:
     :ivar intervals: when its guest ran, in seconds since the epoch
     :ivar loaded: whether it has loaded all of a VM, be that run or not
     :ivar changed: settings that are not as they were, in words
-    :ivar traces: what of the product's is still in its process
+    :ivar traces: parts of the product that are still in its process
     """
 
     state: str
@@ -51,8 +51,8 @@ class Seen:
     :ivar beats_problem: of the heartbeats; likewise ``walk_problem`` of the guest's RAM
     :ivar left: processes and files of the product's that remain
     :ivar receiver_code: exit code of the receiver; ``None`` if there is none, or it goes on
-    :ivar follow_up: what was wrong with the next migration of the VM that remained
-    :ivar resolution: what was wrong with what ``migrator resolve`` said or did
+    :ivar follow_up: the fault of the next migration of the VM that remained
+    :ivar resolution: the fault in the words or deeds of ``migrator resolve``
     :ivar timeline: all that happened, for people
     """
 

@@ -1,6 +1,6 @@
-"""What must hold after every migration, however it was disturbed: pure functions of what was seen.
+"""The conditions that must hold after every migration, however it was disturbed.
 
-Each gives the violations that it finds, in words.
+Each is a pure function of an observation, and gives the violations that it finds, in words.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def settings_as_before(seen: Seen) -> list[str]:
 
 
 def exit_code_is_true(seen: Seen) -> list[str]:
-    """The exit code says what is the case."""
+    """The exit code is the truth."""
     code = seen.exit_code
     if code is None:
         return []
@@ -260,7 +260,7 @@ def says_so(seen: Seen) -> list[str]:
 
 
 def receiver_is_true(seen: Seen) -> list[str]:
-    """The receiver's exit code says what is the case."""
+    """The receiver's exit code is the truth."""
     code, destination = seen.receiver_code, seen.destination
     if code is None or code < 0:
         if code is not None and not _is(seen, Fault.RECEIVER_KILL, Fault.RECEIVER_HUP):
@@ -285,7 +285,7 @@ def nothing_is_left(seen: Seen) -> list[str]:
 
 
 def goes_on(seen: Seen) -> list[str]:
-    """What remains can be migrated again, after ``migrator resolve`` where that is needed."""
+    """The VM that remains can be migrated again, after ``migrator resolve`` if need be."""
     found = [f"resolve: {seen.resolution}"] if seen.resolution else []
     return found + ([f"follow-up: {seen.follow_up}"] if seen.follow_up else [])
 

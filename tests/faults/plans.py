@@ -1,4 +1,4 @@
-"""What one disturbed migration is made of: all of it follows from one seed."""
+"""The plan of one disturbed migration: all of it follows from one seed."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _SPARE_BYTES = 8 * MIB  # of a file system for RAM, which is to be filled up by 
 
 @dataclass(frozen=True)
 class Grounds:
-    """What a migration needs of the machine, and may share with those before and after it.
+    """Things of the machine that a migration needs, and may share with those before and after.
 
     :ivar hosts: two hosts that no other migration uses at the same time, or ``None``
     :ivar keys: directory of the hosts' keys
@@ -240,7 +240,7 @@ class Scene:
             full_stdout=full_stdout,
         )
 
-    # -- what remains ---------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------
 
     def fill_up(self) -> None:
         """Leave nothing free where the destination's RAM is."""
@@ -258,7 +258,7 @@ class Scene:
         """Check the RAM of a guest that stands still, where its own writes tell of a lost page.
 
         :param resets: how often it may have booted anew, which leaves an edge more
-        :return: what is wrong; empty if nothing is
+        :return: the fault that was found; empty if there is none
         """
         return walk_problem(_ram_of(side), self.plan.workload, resets)
 
@@ -295,12 +295,12 @@ def _ram_of(side: Side) -> NDArray[np.uint8]:
 
 
 def walk_problem(ram: NDArray[np.uint8], workload: Workload, resets: int) -> str:
-    """Tell where RAM is not what the guest's own writes leave; see :func:`check_walk`.
+    """Tell where RAM is not as the guest's own writes leave it; see :func:`check_walk`.
 
     :param ram: all of it
     :param resets: how often the guest may have booted anew: each leaves a step of one more, where
         its walk was, and the walk begins again at the first page
-    :return: what is wrong; empty if nothing is
+    :return: the fault that was found; empty if there is none
     """
     found = check_walk(ram, workload)
     if not resets:
@@ -341,7 +341,7 @@ def _unmount(path: Path) -> None:
 def beats_problem(*consoles: bytes) -> str:
     """Check that heartbeats count up from 0, from console to console.
 
-    :return: what is wrong; empty if nothing is
+    :return: the fault that was found; empty if there is none
     """
     try:
         beats = heartbeats(b"".join(consoles))

@@ -42,13 +42,13 @@ class Strike:
 
 
 Rest = Callable[[], Awaitable[None]]
-"""What remains of a fault after the command, if it was held, has gone on."""
+"""The part of a fault that comes after the command, if it was held, has gone on."""
 
 
 async def strike(scene: Scene) -> tuple[Strike, Rest]:
     """Do the fault of the scene's plan.
 
-    :return: what struck, and what remains to be done of it
+    :return: the strike, and the part of the fault that remains to be done
     """
     struck = Strike(scene.command.phase, time.time())
     rest = await _ACTIONS[scene.plan.fault](scene, struck)

@@ -76,12 +76,11 @@ def test_a_source_that_stays_paused_is_noticed() -> None:
     assert "one_runs" in _names(alone)
 
 
-def test_two_that_run_are_noticed() -> None:
-    """It is the operator that lets the source run here; if it were not, that would be found."""
+def test_a_source_that_is_resumed_beside_the_destination_is_noticed() -> None:
+    """It is the operator that resumes it here; if it were not, that would be found."""
     seen = _disturbed(Fault.SOURCE_CONT, Moment("finish", held=True))
     assert "never_two" not in _names(seen)
     assert oracles.by_the_operator(seen)
-    assert seen.source.runs
     assert seen.destination.runs
     by_us = replace(seen, plan=replace(seen.plan, fault=Fault.NONE))
-    assert {"never_two", "heart_beats_on", "exit_code_is_true"} <= _names(by_us)
+    assert "never_two" in _names(by_us)

@@ -1,4 +1,4 @@
-"""Each oracle finds what it is there for, in observations that were broken on purpose."""
+"""Each oracle finds violations of its own kind, in observations that were broken on purpose."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_what_is_fine_is_no_violation(name: str) -> None:
+def test_a_good_observation_has_no_violation(name: str) -> None:
     assert oracles.violations(FINE[name]) == []
 
 
@@ -140,7 +140,7 @@ BROKEN = [
     ("heart_beats_on", seen(0, (HELD, MOVED[1]), Fault.SOURCE_CONT, beats_problem="heartbeat 7")),
     # the source ends later than the destination begins
     ("never_two", seen(0, (replace(MOVED[0], intervals=((0.0, 10.1001),)), MOVED[1]))),
-    # the old one is let run once the new one has died: what was written meanwhile is lost
+    # the old one is let run once the new one has died: all that was written meanwhile is lost
     ("never_two", seen(1, (STAYED[0], SideSeen("gone", ((10.1, 10.15),))), Fault.DESTINATION_KILL)),
     ("one_runs", seen(1, NEITHER)),
     ("one_runs", seen(-9, NEITHER, Fault.COMMAND_KILL)),
@@ -189,7 +189,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("oracle", "observation"), BROKEN)
-def test_what_is_broken_is_found(oracle: str, observation: Seen) -> None:
+def test_a_broken_observation_is_found(oracle: str, observation: Seen) -> None:
     assert oracle in names(observation)
 
 
@@ -203,7 +203,7 @@ def test_an_oracle_that_is_not_asked_finds_nothing() -> None:
     assert [each.split(":")[0] for each in found] == ["memory_is_whole"]
 
 
-# -- what the oracles are told ---------------------------------------------------------------------
+# -- the oracles' own material ---------------------------------------------------------------------
 
 
 def _events(*names_and_times: tuple[str, float]) -> list[QemuEvent]:
@@ -247,7 +247,7 @@ def test_a_lost_page_shows_in_ram_also_after_a_reset() -> None:
         assert walk_problem(lost, workload, resets)
 
 
-# -- what is planned -------------------------------------------------------------------------------
+# -- plans -------------------------------------------------------------------------------
 
 
 def test_a_plan_follows_from_its_seed() -> None:

@@ -1,4 +1,4 @@
-"""The order of one disturbed migration: disturb it, wait, look, and migrate what remains."""
+"""The order of one disturbed migration: disturb it, wait, look, and migrate the VM once more."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ async def run(plan: Plan, grounds: Grounds) -> Seen:
 
 @asynccontextmanager
 async def _disturbed(scene: Scene) -> AsyncIterator[list[Strike]]:
-    """Strike at the planned moment while the block runs; end what lasts after it."""
+    """Strike at the planned moment while the block runs; end a lasting fault after it."""
     struck: list[Strike] = []
     task = asyncio.create_task(_strike_in_time(scene, struck))
     try:
         yield struck
-        await task  # what lasts, such as a frozen QEMU, ends by itself
+        await task  # a lasting fault, such as a frozen QEMU, ends by itself
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -135,7 +135,7 @@ def _may_stay(receiver: Command) -> bool:
 async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
     plan, command = scene.plan, scene.command
     left = [f"process {pid}: {line}" for pid, line in _helpers(scene).items()]
-    # before anything is mended: these are what the command left behind
+    # before anything is mended: the command left it like this
     source, destination = await _side(scene.source), await _side(scene.destination)
     beats = _beats(scene, destination.ran)
     left += _files(scene, moved=destination.ran or destination.state == "paused")
