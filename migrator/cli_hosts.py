@@ -21,6 +21,7 @@ from migrator.cli_shared import (
     limit_options,
     memory_only_option,
 )
+from migrator.harmless import say
 
 if TYPE_CHECKING:
     from migrator.transport.session import Link
@@ -300,7 +301,7 @@ def resolve(
     except MigratorError as error:
         fail(error, as_json)
     for sentence in found.sentences:
-        click.echo(sentence, err=True)
+        say(sentence)
     if as_json:
         print(json.dumps(found.to_json()), flush=True)
     sys.exit(found.exit_code)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from migrator import cli_report, ranges
+from migrator.harmless import harmless
 
 if TYPE_CHECKING:
     from migrator.display import Display
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
     from migrator.report import Progress, Report
 
     Begin = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Report]]
+
+
+class Group(click.Group):
+    """A group of commands; what is wrong with their arguments or files is printed harmlessly."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; lines of an error after its first are indented."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = harmless(error.message, newline="\n  ")  # typed as final
+            raise
 
 
 class Number(click.FloatRange):
@@ -242,7 +255,7 @@ def fail(error: Any, as_json: bool) -> NoReturn:
     from migrator.display import findings, summary
     from migrator.errors import MigrationError, Refused, Undecided
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     said: dict[str, Any] = {"status": "failed", "reason": str(error)}
     if isinstance(error, Refused):
         findings(error.findings, console)
@@ -253,11 +266,11 @@ def fail(error: Any, as_json: bool) -> NoReturn:
         if isinstance(error, Undecided):
             console.print("[bold red]look at both VMs[/]; this is known:")
             for sentence in error.known:
-                console.print(f"  - {sentence}", markup=False)
+                console.print(harmless(f"  - {sentence}"), markup=False)
         said = json.loads(error.report.to_json())
     else:
         console.print("[bold red]error[/]: ", end="")
-        console.print(str(error), markup=False)
+        console.print(harmless(str(error)), markup=False)
     if as_json:
         print(json.dumps(said), flush=True)
     sys.exit(error.exit_code)

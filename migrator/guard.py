@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from migrator.errors import MigratorError, VmError
+from migrator.harmless import say
 from migrator.qmp import Qmp, is_alive
 from migrator.rollback import Before, bring_back
 from migrator.settings import Settings, put_back
@@ -142,9 +143,9 @@ def main() -> int:
     try:
         outcome = asyncio.run(_end_well(wards, step, destination_pidfd))
     except (MigratorError, OSError) as error:
-        print(f"migrator guard: {error}; look at both VMs yourself", file=sys.stderr)
+        say(f"migrator guard: {error}; look at both VMs yourself")
         return 4
-    print(f"migrator guard: the orchestrator is gone; {outcome}", file=sys.stderr)
+    say(f"migrator guard: the orchestrator is gone; {outcome}")
     return 0
 
 

@@ -71,4 +71,5 @@ def read(path: Path) -> Any:
         raise ConfigError("expected YAML: it is nested too deeply", file=str(path)) from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         # the latter: PyYAML's own, for values that do not go with their tag, such as !!int x
-        raise ConfigError(f"expected YAML: {error}", file=str(path)) from error
+        told = " ".join(str(error).split())  # PyYAML tells it in several lines
+        raise ConfigError(f"expected YAML: {told}", file=str(path)) from error

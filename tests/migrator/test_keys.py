@@ -358,7 +358,7 @@ def test_defaults_are_those_of_the_library() -> None:
     for command in (cli_keys.init, cli_keys.add):
         (days,) = (option for option in command.params if option.name == "days")
         assert days.default == keys.HOST_DAYS
-        assert isinstance(days.type, click.IntRange)
+        assert isinstance(days.type, click.FloatRange)
         assert (days.type.min, days.type.max) == (1, CA_DAYS)
 
 
