@@ -108,6 +108,9 @@ def summary(report: Report, console: Console) -> None:
     else:
         console.print(f"[bold red]{report.status}[/]: ", end="")
         console.print(harmless(report.reason), markup=False)
+    for warning in report.warnings:
+        console.print("[bold yellow]warning[/]: ", end="")
+        console.print(harmless(warning), markup=False, soft_wrap=True)
     console.print(_facts(report))
     if report.rounds:
         console.print(_rounds(report))

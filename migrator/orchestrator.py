@@ -172,6 +172,7 @@ class Migration:
         except (TrackerError, OSError) as error:
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
+        self._report.warnings += plan.warnings
         if before.settings.capabilities.get("x-ignore-shared"):
             self._report.warnings.append(
                 "the source has the capability x-ignore-shared on, as a migration that was killed "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.errors import Refused
+from migrator.exposure import exposure_warnings
 from migrator.findings import (
     Finding,
     backend_findings,
@@ -61,6 +62,7 @@ class Plan:
         QEMU's own migration is started
     :ivar unstoppable_devices: whether a device may go on writing while the guest stands
     :ivar tracker: which source of CPU writes is used: its name
+    :ivar warnings: sentences about both sides for people; none is a reason not to migrate
     """
 
     source: tuple[RamBlock, ...]
@@ -73,6 +75,7 @@ class Plan:
     stop_first: bool = False
     unstoppable_devices: bool = False
     tracker: str = "uffd"
+    warnings: tuple[str, ...] = ()
 
     @property
     def guest_bytes(self) -> int:
@@ -149,6 +152,7 @@ async def preflight(
     if findings:
         raise Refused(findings)
 
+    warnings = await in_thread(exposure_warnings, source.name, source.pid, source_blocks)
     ramblocks = (await source.execute("x-query-ramblock"))["human-readable-text"]
     # a second start of tracking does no harm to a legacy container, and clears all bits elsewhere
     shareable = all(issubclass(reader, VfioType1) for reader in readers)
@@ -163,6 +167,7 @@ async def preflight(
         stop_first=has_vfio and (takes_dirty_bits(qtree) or not shareable),
         unstoppable_devices=has_vfio and bool(blockers),
         tracker=tracker,
+        warnings=(*warnings, *side.warnings),
     )
 
 
