@@ -13,10 +13,11 @@ from bench import cli_foresight, cli_page, cli_simulate
 from bench.cli_shared import heed_sigterm, json_option, measuring, runs_option, write
 from bench.cli_strategies import strategies
 from migrator import ranges
-from migrator.cli_shared import Number, SizeType
+from migrator.cli_shared import Group, Number, SizeType
+from migrator.harmless import harmless
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure the migrator. What arrives is always compared with what was sent."""
 
@@ -189,7 +190,7 @@ def _print(results: dict[str, Any]) -> None:
     else:
         raise click.ClickException("nothing is known of what was measured there")
 
-    click.echo(markdown(results), nl=False)
+    click.echo(harmless(markdown(results), newline="\n"), nl=False)
 
 
 main.add_command(strategies)

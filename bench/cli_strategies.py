@@ -10,6 +10,7 @@ import click  # everything slower is imported where it is used
 
 from bench import cli_page
 from bench.cli_shared import heed_sigterm
+from migrator.harmless import harmless
 
 if TYPE_CHECKING:
     from bench.suite import Suite, Task
@@ -77,4 +78,4 @@ def _measure(wanted: Suite, results: dict[str, Any], file: Path | None) -> None:
             bar.update(1)
             if cell["state"] == "failed":
                 what = f"{cell['strategy']}, {cell['workload']}: {cell['reason']}"
-                click.secho(f"\n{what}", fg="red", err=True)
+                click.secho(f"\n{harmless(what)}", fg="red", err=True)

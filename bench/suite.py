@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,7 +18,7 @@ from pydantic import (
 
 from bench.guests import Guest
 from bench.strategy import Strategy, parse
-from migrator import ranges
+from migrator import ranges, yamlfile
 from migrator.config import Size, in_range
 from migrator.errors import ConfigError
 
@@ -102,12 +101,7 @@ def load(path: Path) -> Suite:
 
     :raise ConfigError: it cannot be read, is not YAML, or says what may not be said
     """
-    try:
-        said = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"expected YAML: {error}", file=str(path)) from error
+    said = yamlfile.read(path)
     try:
         return Suite.model_validate(said)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from migrator import cli_control, cli_hosts, cli_record, cli_watch, output, rang
 from migrator.cli_keys import keys
 from migrator.cli_report import report_option
 from migrator.cli_shared import (
+    Group,
     Number,
     SizeType,
     conclude,
@@ -23,6 +24,7 @@ from migrator.cli_shared import (
     limit_options,
     memory_only_option,
 )
+from migrator.harmless import Formatter
 
 if TYPE_CHECKING:
     from migrator.config import Config
@@ -39,14 +41,16 @@ Exit codes:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.option("-v", "--verbose", count=True, help="Log to stderr; twice for every event of QEMU.")
 @click.version_option(package_name="qemu-migrator")
 def main(verbose: int) -> None:
     """Move running QEMU VMs, from outside QEMU, without losing a page."""
     output.install()
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(level=level, format="%(relativeCreated)8.0f ms %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(relativeCreated)8.0f ms %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     # a lost connection reaches us as an exception
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)

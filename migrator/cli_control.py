@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from migrator import output
+from migrator.harmless import harmless, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +58,7 @@ def status(socket: Path | None, watch: bool, as_json: bool) -> None:
         try:
             found[path] = control_client.status(path)
         except ControlError as error:
-            click.echo(str(error), err=True)
+            say(str(error))
     if found:
         _console().print(_table(found))
     elif not paths:
@@ -88,13 +89,13 @@ def cancel(socket: Path | None, as_json: bool) -> None:
         if not paths:
             _fail(_NONE, as_json)
         if len(paths) > 1:
-            _fail("\n  ".join(["several run; say which:", *map(str, paths)]), as_json, 2)
+            _fail(f"several run; say which: {', '.join(map(str, paths))}", as_json, 2)
         socket = paths[0]
     try:
         ended = control_client.cancel(socket)
     except ControlError as error:
         _fail(str(error), as_json)
-    click.echo(_words(ended), err=True)
+    say(_words(ended))
     if as_json:
         print(json.dumps({"socket": str(socket), **ended}), flush=True)
     sys.exit(0 if ended["status"] == "aborted" else ended["exit_code"] or 1)
@@ -102,6 +103,7 @@ def cancel(socket: Path | None, as_json: bool) -> None:
 
 def _watch(paths: list[Path], as_json: bool) -> None:
     from rich.live import Live
+    from rich.text import Text
 
     from migrator import control_client
     from migrator.display import line
@@ -118,12 +120,16 @@ def _watch(paths: list[Path], as_json: bool) -> None:
                     return
             if isinstance(answer, ControlError) or "ended" in answer:
                 found.pop(path, None)
-                console.print(f"{path.stem}: {_how(answer)}", markup=False, soft_wrap=True)
+                console.print(
+                    harmless(f"{path.stem}: {_how(answer)}"), markup=False, soft_wrap=True
+                )
             else:
                 found[path] = answer
                 if not console.is_terminal and phases.get(path) != answer["phase"]:
                     phases[path] = answer["phase"]
-                    console.print(f"{path.stem}:", line(control_client.progress(answer)))
+                    console.print(
+                        Text(harmless(f"{path.stem}:")), line(control_client.progress(answer))
+                    )
             if console.is_terminal:
                 live.update(_table(found) if found else "", refresh=True)
 
@@ -151,7 +157,7 @@ def _served(as_json: bool) -> list[Path]:
 
 
 def _fail(reason: str, as_json: bool, code: int = 1) -> NoReturn:
-    click.echo(reason, err=True)
+    say(reason)
     if as_json:
         print(json.dumps({"status": "failed", "reason": reason}), flush=True)
     sys.exit(code)
@@ -160,7 +166,7 @@ def _fail(reason: str, as_json: bool, code: int = 1) -> NoReturn:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 150  # of a table in a file
     return console
@@ -184,6 +190,7 @@ def _table(found: Mapping[Path, Mapping[str, Any]]) -> Table:
     for answer in found.values():
         p = control_client.progress(dict(answer))
         pages = (f"{count:,}" for count in (p.dirty_pages, p.sent_pages, p.total_sent_pages))
-        cells = [str(answer["pid"]), p.phase, str(p.round), *pages, rate(p), downtime(p), left(p)]
-        table.add_row(Text(answer["what"]), *cells, *[Text(p.note)] * notes)
+        numbers = [str(p.round), *pages, rate(p), downtime(p), left(p)]
+        cells = [answer["what"], str(answer["pid"]), p.phase, *numbers, *[p.note] * notes]
+        table.add_row(*(Text(harmless(cell)) for cell in cells))
     return table

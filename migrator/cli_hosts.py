@@ -20,6 +20,7 @@ from migrator.cli_shared import (
     limit_options,
     memory_only_option,
 )
+from migrator.harmless import say
 
 if TYPE_CHECKING:
     from migrator.reception import Received
@@ -162,7 +163,7 @@ def receive(
 
 
 def _tell(words: str, as_json: bool, **said: Any) -> None:
-    click.echo(words, err=True)
+    say(words)
     if as_json:
         print(json.dumps({"reason": words, **said}), flush=True)
 
@@ -325,7 +326,7 @@ def resolve(
 
     def tell_all() -> None:
         for sentence in found.sentences:
-            click.echo(sentence, err=True)
+            say(sentence)
         if as_json:
             print(json.dumps(found.to_json()), flush=True)
 

@@ -12,6 +12,7 @@ import click  # everything slower is imported where it is used
 
 from migrator import ranges
 from migrator.cli_shared import Number
+from migrator.harmless import say
 
 if TYPE_CHECKING:
     from migrator.keys import Certificate
@@ -96,7 +97,7 @@ def _failing(as_json: bool) -> Iterator[None]:
 
 def _made(files: Sequence[Path], as_json: bool) -> None:
     for file in files:
-        click.echo(f"made {file}", err=True)
+        say(f"made {file}")
     if as_json:
         print(json.dumps({"files": [str(file) for file in files]}))
 
@@ -120,7 +121,7 @@ def _table(certificates: Sequence[Certificate]) -> None:
         validity = f"{certificate.not_before:%Y-%m-%d} to {certificate.not_after:%Y-%m-%d}"
         if not certificate.not_before <= now <= certificate.not_after:
             validity += ", which is not now"
-        click.echo(f"{certificate.file}: {certificate.subject}", err=True)
-        click.echo(f"  names        {', '.join(certificate.names) or '–'}", err=True)
-        click.echo(f"  fingerprint  {certificate.fingerprint}", err=True)
-        click.echo(f"  valid        {validity}", err=True)
+        say(f"{certificate.file}: {certificate.subject}")
+        say(f"  names        {', '.join(certificate.names) or '–'}")
+        say(f"  fingerprint  {certificate.fingerprint}")
+        say(f"  valid        {validity}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from migrator.harmless import say
+
 if TYPE_CHECKING:
     from migrator.report import Report
 
@@ -51,7 +53,7 @@ def write(page: Path | None, report: Report | None, what: str) -> None:
     if page is None:
         return
     if report is None:
-        click.echo(f"{page} is not written: no migration was begun", err=True)
+        say(f"{page} is not written: no migration was begun")
         return
     try:
         from migrator.page import migration
@@ -59,4 +61,4 @@ def write(page: Path | None, report: Report | None, what: str) -> None:
         page.write_text(migration.page(report, what), encoding="utf-8")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (it has moved, or has not)
         said = str(error) or type(error).__name__
-        click.echo(f"warning: {page} could not be written: {said}", err=True)
+        say(f"warning: {page} could not be written: {said}")

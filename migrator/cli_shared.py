@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from migrator import cli_report, output, ranges
+from migrator.harmless import harmless, say
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from migrator.report import Progress, Report
 
     Begin = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Report]]
+
+
+class Group(click.Group):
+    """A group of commands; what is wrong with their arguments or files is printed harmlessly."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; lines of an error after its first are indented."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = harmless(error.message, newline="\n  ")  # typed as final
+            raise
 
 
 class Number(click.FloatRange):
@@ -245,7 +258,7 @@ def _tell_interrupted(display: Display, as_json: bool) -> None:
 
 def _tell_unexpected(said: str, display: Display, as_json: bool) -> None:
     display.__exit__()
-    click.echo(f"unexpected, a defect of this program: {said}; look at both VMs", err=True)
+    say(f"unexpected, a defect of this program: {said}; look at both VMs")
     if as_json:
         print(json.dumps({"status": "failed", "reason": said}), flush=True)
 
@@ -313,7 +326,7 @@ def _tell_people(error: Any, said: dict[str, Any]) -> dict[str, Any]:
     from migrator.display import findings, summary
     from migrator.errors import MigrationError, Refused, Undecided
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     if isinstance(error, Refused):
         findings(error.findings, console)
         said["status"] = "aborted"
@@ -323,9 +336,9 @@ def _tell_people(error: Any, said: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, Undecided):
             console.print("[bold red]look at both VMs[/]; this is known:")
             for sentence in error.known:
-                console.print(f"  - {sentence}", markup=False)
+                console.print(harmless(f"  - {sentence}"), markup=False)
         said = json.loads(error.report.to_json())
     else:
         console.print("[bold red]error[/]: ", end="")
-        console.print(str(error), markup=False)
+        console.print(harmless(str(error)), markup=False)
     return said

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,12 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from migrator import ranges
+from migrator import ranges, yamlfile
 from migrator.errors import ConfigError
 from migrator.ranges import Range
 from migrator.throttling import AUTO
 
 _SIZE = re.compile(r"([0-9]{1,18})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_QUOTED = 200  # characters of a value in a message
 _PORT = re.compile(r"[0-9]{1,5}")  # in str.isdigit() are digits that int() does not read
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -218,12 +218,7 @@ def load(path: Path) -> Config:
 
     :raise ConfigError: it cannot be read, is not YAML, or says what may not be said
     """
-    try:
-        said: Any = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"expected YAML: {error}", file=str(path)) from error
+    said = yamlfile.read(path)
     if not isinstance(said, dict):
         raise ConfigError("expected keys and values", file=str(path))
     try:
@@ -247,8 +242,15 @@ def _expected(error: Any) -> str:
         said = str(error["msg"]).removeprefix("Value error, ")
         said = said.replace("Input should be", "expected")
         if not isinstance(error["input"], (dict, list)):
-            said += f", found {error['input']!r}"
+            said += f", found {_quoted(error['input'])}"
     return said
+
+
+def _quoted(found: object) -> str:
+    if isinstance(found, int) and found.bit_length() > 64:
+        return "a number of more than 64 bits"  # which Python may refuse to write
+    text = repr(found)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
 
 
 def _keys_beside(location: tuple[str | int, ...]) -> list[str]:

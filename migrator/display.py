@@ -12,6 +12,7 @@ from rich.text import Text
 
 from migrator import facts
 from migrator.findings import Finding
+from migrator.harmless import harmless
 from migrator.phases import DOWNTIME
 from migrator.report import Progress, Report
 
@@ -24,7 +25,7 @@ class Display:
     """A line of progress on a terminal, a line a phase elsewhere, and one a note."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = _WIDTH
         self._live: Live | None = None
@@ -44,7 +45,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line for people."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(harmless(text), markup=False, soft_wrap=True)
 
     def show(self, progress: Progress) -> None:
         """Show where a migration is; cheap enough to be called for every change."""
@@ -70,12 +71,12 @@ def line(p: Progress) -> Text:
     """One line of where a migration is."""
     share = f"{100 * p.sent_pages / p.dirty_pages:3.0f} %" if p.dirty_pages else ""
     return Text.assemble(
-        (f"{p.phase:<14}", "bold"),
+        (f"{harmless(p.phase):<14}", "bold"),
         f"round {p.round:<3} dirty {p.dirty_pages:>10,} pages  sent {p.sent_pages:>10,} {share}  ",
         f"in all {p.total_sent_pages:>11,}  {rate(p)}",
         f"  downtime {downtime(p)}" if p.expected_downtime_ms is not None else "",
         f"  left {left(p)}" if p.left_s is not None else "",
-        (f"  {p.note}" if p.note else "", "yellow"),
+        (f"  {harmless(p.note)}" if p.note else "", "yellow"),
     )
 
 
@@ -106,7 +107,10 @@ def summary(report: Report, console: Console) -> None:
         )
     else:
         console.print(f"[bold red]{report.status}[/]: ", end="")
-        console.print(report.reason, markup=False)
+        console.print(harmless(report.reason), markup=False)
+    for warning in report.warnings:
+        console.print("[bold yellow]warning[/]: ", end="")
+        console.print(harmless(warning), markup=False, soft_wrap=True)
     console.print(_facts(report))
     if report.rounds:
         console.print(_rounds(report))
@@ -118,7 +122,7 @@ def _facts(report: Report) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     for fact in facts.facts(report):
         style = "" if fact.good is None else "green" if fact.good else "red"
-        table.add_row(fact.name, Text(fact.text, style))
+        table.add_row(fact.name, Text(harmless(fact.text), style))
     return table
 
 
@@ -126,9 +130,9 @@ def _rounds(report: Report) -> Table:
     table = Table(title="rounds", title_justify="left", pad_edge=False)
     heads, rows = facts.rounds(report)
     for heading in heads:
-        table.add_column(heading, justify="right")
+        table.add_column(Text(harmless(heading)), justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*[Text(harmless(cell)) for cell in row])
     return table
 
 
@@ -139,7 +143,7 @@ def _downtime(report: Report) -> Table:
         table.add_column(heading, justify="right")
     for name, was, expected in facts.downtime(report):
         style = "bold" if name == "together" else ""
-        table.add_row(name, Text(facts.ms(was), style), facts.ms(expected))
+        table.add_row(Text(harmless(name)), Text(facts.ms(was), style), facts.ms(expected))
     return table
 
 
@@ -147,5 +151,5 @@ def findings(found: Sequence[Finding], console: Console) -> None:
     """Print why preflight refused."""
     console.print("[bold red]refused[/]: this VM cannot be migrated like this")
     for finding in found:
-        console.print(f"  {finding.check}: {finding.problem}", markup=False)
-        console.print(f"    → {finding.mend}", markup=False)
+        console.print(harmless(f"  {finding.check}: {finding.problem}"), markup=False)
+        console.print(harmless(f"    → {finding.mend}"), markup=False)

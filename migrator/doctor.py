@@ -18,6 +18,7 @@ from rich.text import Text
 
 from migrator.accel import choose_accel
 from migrator.errors import CommandFailed, VmError
+from migrator.harmless import harmless
 from migrator.qmp import Qmp
 from migrator.settle import in_thread
 from migrator.vm import RunDirectory, Vm
@@ -433,7 +434,7 @@ def as_json(checks: Sequence[Check]) -> dict[str, Any]:
 
 def show(checks: Sequence[Check], console: Console | None = None) -> None:
     """Print a table, by default on stderr; its last column only if there is something to mend."""
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False, emoji=False)
     colours = {"passed": "green", "failed": "bold red", "warning": "yellow"}
     to_mend = any(check.mend for check in checks)
     table = Table()
@@ -441,10 +442,11 @@ def show(checks: Sequence[Check], console: Console | None = None) -> None:
         table.add_column(heading, overflow="fold")
     last_mend = ""
     for check in checks:
-        cells = [Text(check.check), Text(check.result, colours[check.result]), Text(check.seen)]
+        cells = [Text(harmless(check.check)), Text(check.result, colours[check.result])]
+        cells.append(Text(harmless(check.seen)))
         if to_mend:
             repeated = check.mend and check.mend == last_mend
-            cells.append(Text("as above" if repeated else check.mend))
+            cells.append(Text("as above" if repeated else harmless(check.mend)))
             last_mend = check.mend
         table.add_row(*cells)
     console.print(table)

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from migrator.errors import MigratorError, VmError
+from migrator.harmless import say
 from migrator.qmp import Qmp, is_alive
 from migrator.rollback import Before, bring_back
 from migrator.settings import Settings, put_back
@@ -150,7 +151,7 @@ def main() -> int:
 
 def _tell(words: str) -> None:
     with contextlib.suppress(OSError, AttributeError):  # the terminal may be gone, too
-        print(f"migrator guard: {words}", file=sys.stderr, flush=True)
+        say(f"migrator guard: {words}")
 
 
 def _before(told: dict[str, Any]) -> Before:

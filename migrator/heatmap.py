@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from migrator.harmless import harmless
 from migrator.sight import Sight
 
 HEIGHTS = "·▁▂▃▄▅▆▇█"
@@ -25,7 +26,7 @@ class View:
     """The display of one watch."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = _WIDTH
         self._live: Live | None = None
@@ -47,7 +48,7 @@ class View:
         if not self._noted:
             self._noted = True
             for note in sight.notes:
-                self.console.print(f"note: {note}", markup=False, soft_wrap=True)
+                self.console.print(harmless(f"note: {note}"), markup=False, soft_wrap=True)
             self.console.print(legend(), soft_wrap=True)
         found = Group(*lines(sight, self.console.width))
         if self._live is not None:
@@ -76,13 +77,13 @@ def lines(sight: Sight, width: int) -> list[Text]:
         for seconds, found in sight.working_set_bytes.items()
     )
     said = [
-        Text.assemble((f"{sight.at_s:.1f} s", "bold"), f"  {sight.state}"),
+        Text.assemble((f"{sight.at_s:.1f} s", "bold"), f"  {harmless(sight.state)}"),
         Text(f"written      {_mib(sight.dirty_bytes_per_s)}/s; pages/s: {by_source}"),
         Text(f"working set  {working_sets}"),
         Text.assemble("migration    ", _forecast(sight)),
     ]
     for one in sight.blocks:
-        name, size = one.block.name, _mib(one.block.size)
+        name, size = harmless(one.block.name), _mib(one.block.size)
         said.append(Text(f"{name}, {size}, {_mib(one.data_bytes)} of it with data", style="dim"))
         said.append(strip([float(heat) for heat in one.history.strip(width)]))
     return said

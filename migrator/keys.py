@@ -64,15 +64,14 @@ def init(directory: Path, hosts: Sequence[str], days: int = HOST_DAYS) -> list[P
     :param hosts: see :func:`host_name`
     :param days: validity of the hosts' certificates; the CA's is ten years
     :return: the files that were made
-    :raise ConfigError: they make no sense, something is there already (nothing is overwritten), or
-        a file cannot be made
+    :raise ConfigError: they make no sense, something is there already (nothing is overwritten),
+        a file cannot be made, or another user owns or may write to the directory
     """
     now = _now()
     try:
         names = _checked(directory, hosts, days)
         directory.mkdir(mode=0o700, exist_ok=True)
-        if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigError("others may write to it: chmod go-w", file=str(directory))
+        _check_directory(directory)
         key = ec.generate_private_key(ec.SECP256R1())
         authority = Authority(ca_certificate(key, now), key)
         made = [directory / "ca.key", directory / "ca.crt"]
@@ -95,6 +94,8 @@ def add(directory: Path, hosts: Sequence[str], days: int = HOST_DAYS) -> list[Pa
     made = []
     try:
         names = _checked(directory, hosts, days)
+        if directory.exists():
+            _check_directory(directory)
         authority = _load_authority(directory)
         end = authority.certificate.not_valid_after_utc
         if now + timedelta(days=days) > end:
@@ -163,20 +164,45 @@ def this_host() -> str:
 
 
 def check_private(key: Path) -> None:
-    """Nobody but its owner may read a key.
+    """Only this user, or root, owns a key, and only its owner may read it.
 
-    :raise ConfigError: others may, or it is not there
+    :raise ConfigError: another user owns it or may read it, or it is not there
     """
     try:
-        mode = key.stat().st_mode
+        found = key.stat()
     except OSError as error:
         raise ConfigError(f"{error.strerror}", file=str(key)) from error
+    check_owner(key)
+    mode = found.st_mode
     if mode & 0o077:
         raise ConfigError(
             f"others may use this key (its mode is {stat.S_IMODE(mode):04o}): if none can have "
             "read it, chmod 600; else make another",
             file=str(key),
         )
+
+
+def check_owner(path: Path) -> None:
+    """Only this user, or root, owns a file or directory: its owner can read and replace it.
+
+    :raise ConfigError: another user owns it, or it is not there
+    """
+    try:
+        owner = path.stat().st_uid
+    except OSError as error:
+        raise ConfigError(f"{error.strerror}", file=str(path)) from error
+    if owner not in (0, os.geteuid()):
+        raise ConfigError(
+            f"belongs to another user (its owner has the number {owner}), and not to root "
+            "or the user that runs this program: that user can read and replace keys here",
+            file=str(path),
+        )
+
+
+def _check_directory(directory: Path) -> None:
+    check_owner(directory)
+    if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError("others may write to it: chmod go-w", file=str(directory))
 
 
 # -- making -------------------------------------------------------------------------------------

@@ -86,14 +86,14 @@ async def migrate(
     destination: str | Link,
     options: Options | None = None,
     *,
-    watch: Callable[[Progress], None] = lambda _: None,
+    watch: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Move a running VM from one QEMU to another, on this host or on another one.
 
     :param source: QMP socket of the QEMU that runs it
     :param destination: QMP socket of a QEMU started with the same command line, RAM files of its
         own, and ``-incoming defer``; or where such a one is received (``migrator receive``)
-    :param watch: called in the event loop whenever something changed
+    :param watch: called in the event loop whenever something changed; ``None``: nothing is
     :return: the report of a migration that completed: the destination runs, the source never will;
         of a rehearsal: the source runs on
     :raise Refused: preflight found reasons not to begin
@@ -107,6 +107,7 @@ async def migrate(
     """
     if isinstance(destination, str) and os.path.realpath(source) == os.path.realpath(destination):
         raise ConfigError("expected two sockets: source and destination are the same")
+    watch = watch or (lambda _: None)
     watch(Progress("compile", 0, 0, 0, 0, 0.0))  # seconds, but only the first time
     await in_thread(warm_up)
     async with _source(source) as source_qmp, _reached(destination) as there:
@@ -191,6 +192,7 @@ class Migration:
                 raise
             raise Failed(Phase.PREFLIGHT.value, str(error)) from error
         self._report.guest_bytes = plan.guest_bytes
+        self._report.warnings += plan.warnings
         if before.settings.capabilities.get("x-ignore-shared"):
             self._report.warnings.append(
                 "the source has the capability x-ignore-shared on, as a migration that was killed "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.errors import NoSpace, Refused
+from migrator.exposure import exposure_warnings
 from migrator.findings import (
     Finding,
     backend_findings,
@@ -66,6 +67,7 @@ class Plan:
         QEMU's own migration is started
     :ivar unstoppable_devices: whether a device may go on writing while the guest stands
     :ivar tracker: which source of CPU writes is used: its name
+    :ivar warnings: sentences about both sides for people; none is a reason not to migrate
     """
 
     source: tuple[RamBlock, ...]
@@ -78,6 +80,7 @@ class Plan:
     stop_first: bool = False
     unstoppable_devices: bool = False
     tracker: str = "uffd"
+    warnings: tuple[str, ...] = ()
 
     @property
     def guest_bytes(self) -> int:
@@ -156,6 +159,7 @@ async def preflight(
     if findings:
         raise Refused(findings)
 
+    warnings = await in_thread(exposure_warnings, source.name, source.pid, source_blocks)
     ramblocks = (await source.execute("x-query-ramblock"))["human-readable-text"]
     # a second start of tracking does no harm to a legacy container, and clears all bits elsewhere
     shareable = all(issubclass(reader, VfioType1) for reader in readers)
@@ -170,6 +174,7 @@ async def preflight(
         stop_first=has_vfio and (takes_dirty_bits(qtree) or not shareable),
         unstoppable_devices=has_vfio and bool(blockers),
         tracker=tracker,
+        warnings=(*warnings, *side.warnings),
     )
 
 
@@ -321,7 +326,6 @@ def _warn_of_growth(here: Sequence[Room], there: Sequence[Room], kept: Mapping[i
         # at the most, both sides come to hold all of the guest's memory
         most = sum(a.growth_bytes + b.growth_bytes for a, b in pairs)
         if free is not None and most > free:
-            # this belongs into the warnings of the plan, once it has some
             _log.warning(
                 "source and destination share a file system with %d MiB left, and both may come "
                 "to need %d MiB of it: the migration is given up if the guest touches too much",

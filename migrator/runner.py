@@ -42,7 +42,7 @@ async def run(
     *,
     here: Path,
     say: Callable[[str], None] = lambda _: None,
-    watch: Callable[[Progress], None] = lambda _: None,
+    watch: Callable[[Progress], None] | None = None,
     dirty_map: bool = False,
 ) -> Report:
     """Do what a configuration says. Whatever was started and is not to be kept ends with it.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from migrator.errors import Refused, VmError
+from migrator.exposure import exposure_warnings
 from migrator.findings import (
     Finding,
     backend_findings,
@@ -44,6 +45,7 @@ class Side:
     :ivar machine: what has to be the same at both sides: machine type, target, vCPUs
     :ivar guest_ranges: where its guest will see RAM
     :ivar mappers: other processes that have its RAM mapped, which may be the source itself
+    :ivar warnings: sentences about it for people; none of them is a reason not to migrate
     """
 
     pid: int | None
@@ -53,6 +55,7 @@ class Side:
     machine: Mapping[str, str] | None = None
     guest_ranges: tuple[GuestRange, ...] = ()
     mappers: tuple[Finding, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON for another host."""
@@ -69,6 +72,7 @@ class Side:
             machine=said.machine,
             guest_ranges=tuple(GuestRange(**r.model_dump()) for r in said.guest_ranges),
             mappers=tuple(Finding(**f.model_dump()) for f in said.mappers),
+            warnings=tuple(said.warnings),
         )
 
 
@@ -97,6 +101,7 @@ async def look_at(vm: Qmp) -> Side:
         mappers=tuple(await in_thread(mapper_findings, vm, blocks)),
         rooms={block.name: await in_thread(room_at, vm.pid, block) for block in blocks},
         machine=machine,
+        warnings=await in_thread(exposure_warnings, vm.name, vm.pid, blocks),
         guest_ranges=tuple(parse_flat_view(await vm.human("info mtree -f"))),
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from migrator.errors import ConfigError, PeerRefused
-from migrator.keys import check_private, fingerprint, host_name, this_host
+from migrator.keys import check_owner, check_private, fingerprint, host_name, this_host
 
 _PEM_END = "-----END CERTIFICATE-----"
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
@@ -81,6 +81,8 @@ class Credentials:
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
         context.hostname_checks_common_name = False
         check_private(self.key)
+        for file in (self.certificate, self.ca):
+            check_owner(file)
         try:
             # a passphrase would be asked for at the terminal
             context.load_cert_chain(self.certificate, self.key, password="")
@@ -103,7 +105,7 @@ def load(directory: Path) -> Credentials:
 
     :param directory: where they are; or where :func:`migrator.keys.init` made those of many hosts,
         this one's among them, in a directory that has its name
-    :raise ConfigError: one is missing or cannot be used, or others may read the key
+    :raise ConfigError: one is missing or cannot be used, another user owns one, or may read the key
     """
     try:
         home = _home(directory)

@@ -21,15 +21,19 @@ of the kernel itself only: after a change to one that others call, delete ``trac
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import numba
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from tracker import native
 from tracker.errors import BitmapError
+from tracker.kernelcache import fallback_directory
 
 Words = NDArray[np.uint64]
 Memory = NDArray[np.uint8]
@@ -41,10 +45,35 @@ ONE = np.uint64(1)
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 TOP = np.uint64(63)
 
+_log = logging.getLogger(__name__)
+_keeps = True  # whether machine code is kept on disk
+
 
 def kernel(function: Kernel) -> Kernel:
     """Compile at the first call, keep the machine code on disk, run without the GIL."""
-    return cast(Kernel, njit(cache=True, nogil=True)(function))
+    global _keeps
+    if _keeps:
+        try:
+            return cast(Kernel, njit(cache=True, nogil=True)(function))
+        except RuntimeError:  # numba's: it may write neither beside the function nor to HOME
+            _keeps = _keep_elsewhere()
+            return kernel(function)
+    return cast(Kernel, njit(nogil=True)(function))
+
+
+def _keep_elsewhere() -> bool:
+    """Have numba keep machine code in a directory of this user's; return whether there is one.
+
+    Processes that are started later find it in their environment.
+    """
+    place = fallback_directory()
+    if place is None or os.environ.get("NUMBA_CACHE_DIR") == str(place):
+        _log.warning("kernels are compiled anew by each process, which takes a minute")
+        return False
+    _log.warning("neither the program's directory nor HOME is writable: kernels are in %s", place)
+    os.environ["NUMBA_CACHE_DIR"] = str(place)
+    numba.config.reload_config()  # type: ignore[no-untyped-call]
+    return True
 
 
 @kernel

@@ -6,6 +6,8 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
+from migrator.harmless import harmless
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.45 system-ui, sans-serif; }
@@ -45,15 +47,15 @@ def document(title: str, about: str, parts: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="about">{html.escape(about)}</p>\n'
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>{_escaped(title)}</h1>\n<p class="about">{_escaped(about)}</p>\n'
         f"{body}\n</body>\n</html>\n"
     )
 
 
 def heading(text: str, level: int = 2) -> str:
     """The heading of a section."""
-    return f"<h{level}>{html.escape(text)}</h{level}>"
+    return f"<h{level}>{_escaped(text)}</h{level}>"
 
 
 def paragraph(text: str, mark: str = "") -> str:
@@ -61,19 +63,18 @@ def paragraph(text: str, mark: str = "") -> str:
 
     :param mark: ``good``, ``bad``, or nothing
     """
-    return f"<p{_class(mark)}>{html.escape(text)}</p>"
+    return f"<p{_class(mark)}>{_escaped(text)}</p>"
 
 
 def bullets(items: Iterable[str]) -> str:
     """A list."""
-    return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
+    return f"<ul>{''.join(f'<li>{_escaped(item)}</li>' for item in items)}</ul>"
 
 
 def facts(rows: Iterable[tuple[str, str, str]]) -> str:
     """A table of names and what is to be said of each, with a mark as :func:`paragraph` takes."""
     lines = "\n".join(
-        f'<tr><th scope="row">{html.escape(name)}</th>'
-        f"<td{_class(mark)}>{html.escape(text)}</td></tr>"
+        f'<tr><th scope="row">{_escaped(name)}</th><td{_class(mark)}>{_escaped(text)}</td></tr>'
         for name, text, mark in rows
     )
     return f'<table class="facts">\n{lines}\n</table>'
@@ -81,8 +82,8 @@ def facts(rows: Iterable[tuple[str, str, str]]) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str = "") -> str:
     """A table of numbers; the first column is of words. Short rows are filled up."""
-    titled = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
+    titled = f"<caption>{_escaped(caption)}</caption>" if caption else ""
+    head = "".join(f'<th scope="col">{_escaped(text)}</th>' for text in heads)
     body = "\n".join(
         "<tr>" + "".join(_td(cell) for cell in [*row, *[""] * (len(heads) - len(row))]) + "</tr>"
         for row in rows
@@ -102,14 +103,18 @@ def picture(svg: bytes, alt: str, caption: str) -> str:
     """
     data = base64.b64encode(svg).decode()
     return (
-        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{_escaped(alt)}">'
+        f"<figcaption>{_escaped(caption)}</figcaption></figure>"
     )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(harmless(text, newline="\n"))
 
 
 def _td(cell: Cell) -> str:
     text, mark = (cell, "") if isinstance(cell, str) else cell
-    return f"<td{_class(mark)}>{html.escape(text)}</td>"
+    return f"<td{_class(mark)}>{_escaped(text)}</td>"
 
 
 def _class(mark: str) -> str:

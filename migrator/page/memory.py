@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from migrator.harmless import harmless
 from migrator.page import style
 from migrator.report import DirtyMap, MappedBlock
 from tracker import regions
@@ -120,7 +121,7 @@ def _blocks(drawn: Figure, drawn_map: DirtyMap) -> None:
         for block, end in zip(drawn_map.blocks, ends, strict=True):
             middle = end - block.bytes / _MIB / 2
             axes.annotate(
-                block.name,
+                harmless(block.name),
                 (0, middle),
                 (5, 0),
                 va="center",

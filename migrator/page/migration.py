@@ -37,6 +37,9 @@ def _said(report: Report) -> Iterator[str]:
     for fact in facts.facts(report):
         rows.append((fact.name, fact.text, {None: "", True: "good", False: "bad"}[fact.good]))
     yield html.facts(rows)
+    if report.warnings:
+        yield html.heading("Warnings")
+        yield html.bullets(report.warnings)
     if report.known:
         yield html.heading("Look at both VMs; this is known")
         yield html.bullets(report.known)

@@ -41,6 +41,7 @@ _RC: Any = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # names may hold a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "legend.handlelength": 1.6,

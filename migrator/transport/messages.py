@@ -130,6 +130,7 @@ class SideSaid(Message):
     machine: Annotated[dict[Name, Text], Field(max_length=64)] | None = None
     guest_ranges: Annotated[list[RangeSaid], Field(max_length=1 << 16)] = []
     mappers: Annotated[list[FindingSaid], Field(max_length=1 << 16)] = []
+    warnings: Annotated[list[Text], Field(max_length=1 << 16)] = []
 
     @model_validator(mode="after")
     def _complete(self) -> SideSaid:

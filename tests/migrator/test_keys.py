@@ -16,7 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from migrator import cli_keys, keys
+from migrator import cli_keys, keys, tls
 from migrator.certificates import CA_DAYS, host_certificate
 from migrator.cli import main
 from migrator.errors import ConfigError
@@ -358,7 +358,7 @@ def test_defaults_are_those_of_the_library() -> None:
     for command in (cli_keys.init, cli_keys.add):
         (days,) = (option for option in command.params if option.name == "days")
         assert days.default == keys.HOST_DAYS
-        assert isinstance(days.type, click.IntRange)
+        assert isinstance(days.type, click.FloatRange)
         assert (days.type.min, days.type.max) == (1, CA_DAYS)
 
 
@@ -368,3 +368,52 @@ def test_errors_as_json(ca: Path) -> None:
     said = json.loads(done.stdout)
     assert said["status"] == "failed"
     assert "nothing is overwritten" in said["reason"]
+
+
+# -- other users --------------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives files away")
+OTHER = 65534
+
+
+@needs_root
+@pytest.mark.parametrize("command", ["init", "add"])
+def test_a_directory_of_another_user(tmp_path: Path, command: str) -> None:
+    directory = tmp_path / "ca"
+    directory.mkdir(mode=0o755)
+    if command == "add":
+        keys.init(directory, ["hosta"])
+    os.chown(directory, OTHER, OTHER)
+    before = everything(directory)
+    done = invoke(command, directory, "hostb")
+    assert done.exit_code == 2
+    assert f"ca: belongs to another user (its owner has the number {OTHER})" in " ".join(
+        done.stderr.split()
+    )
+    assert everything(directory) == before
+
+
+@needs_root
+def test_a_ca_key_of_another_user(ca: Path) -> None:
+    os.chown(ca / "ca.key", OTHER, OTHER)
+    with pytest.raises(ConfigError, match=r"ca\.key: belongs to another user"):
+        keys.add(ca, ["hostb"])
+
+
+@needs_root
+@pytest.mark.parametrize("name", HOST_FILES)
+def test_a_hosts_file_of_another_user(ca: Path, name: str) -> None:
+    tls.load(ca / "hosta")
+    os.chown(ca / "hosta" / name, OTHER, OTHER)
+    with pytest.raises(ConfigError, match=rf"{name}: belongs to another user"):
+        tls.load(ca / "hosta")
+
+
+def test_files_of_this_user_and_of_root(ca: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = (ca / "ca.key").stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:
+        keys.check_private(ca / "ca.key")
+    else:
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            keys.check_private(ca / "ca.key")

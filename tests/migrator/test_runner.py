@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from migrator import runner
+from migrator import migrate, runner
 from migrator.config import Config
 from migrator.errors import ConfigError, MigratorError, QmpUnreachable, Undecided, VmError
 from migrator.report import Report
@@ -296,3 +296,12 @@ def test_a_guest_that_is_not_well_is_no_reason_to_run_the_source() -> None:
     assert report.status == "failed"
     assert "its heart stopped" in report.reason
     assert any("source will not run" in sentence for sentence in report.known)
+
+
+@pytest.mark.parametrize("watch", [None, lambda _: None])
+def test_a_migration_may_go_unwatched(tmp_path: Path, watch: Callable[[Any], None] | None) -> None:
+    source, destination = str(tmp_path / "a"), str(tmp_path / "b")
+    with pytest.raises(QmpUnreachable):
+        asyncio.run(migrate(source, destination, watch=watch))
+    with pytest.raises(QmpUnreachable):
+        asyncio.run(run(config(), here=tmp_path, watch=watch))
