@@ -13,9 +13,11 @@ from rich.console import Console
 
 from migrator import migrate
 from migrator.display import summary
+from migrator.findings import Finding
 from migrator.page import migration
 from migrator.report import Report
 from migrator.side import Side
+from migrator.transport.messages import Looked, parse
 from tests.live.moving import VERIFIED, TwoKinds
 from tests.live.sending import Road, on_a_road
 from tests.live.vms import MIB, Pair, pair
@@ -94,7 +96,8 @@ def test_a_file_on_another_host(tmpfs: Path) -> None:
 
 
 def test_a_side_of_an_older_receiver_has_no_warnings() -> None:
-    said = Side(None, (), warnings=("a", "b")).to_json()
-    assert Side.from_json(json.loads(json.dumps(said))).warnings == ("a", "b")
+    refused = Finding("RAM", "it has none", "give it some")
+    said = json.loads(json.dumps(Side(None, (refused,), warnings=("a", "b")).to_json()))
+    assert Side.from_said(parse(Looked, {"side": said}, "there").side).warnings == ("a", "b")
     del said["warnings"]
-    assert Side.from_json(said).warnings == ()
+    assert Side.from_said(parse(Looked, {"side": said}, "there").side).warnings == ()
