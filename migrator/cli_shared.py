@@ -278,14 +278,23 @@ async def _interruptible(
             except MigratorError as error:
                 ending.decide(error.exit_code)
                 raise
+            except asyncio.CancelledError:
+                ending.decide(1)
+                raise
+            except Exception:
+                ending.decide(4)
+                raise
             ending.decide(0)
             return report
 
 
-def fail(error: Any, as_json: bool) -> NoReturn:
-    """Print why something failed, and exit with the code that stands for it."""
+def fail(error: Any, as_json: bool, code: int | None = None) -> NoReturn:
+    """Print why something failed, and exit with the code that stands for it.
+
+    :param code: exit with this one instead
+    """
     ending = output.Ending()
-    ending.decide(error.exit_code)
+    ending.decide(error.exit_code if code is None else code)
     ending.leave(lambda: tell(error, as_json))
 
 
