@@ -57,7 +57,8 @@ def _secured(tls: Path | None, insecure: bool) -> str | None:
     if tls is not None and insecure:
         raise click.UsageError("say either --tls or --insecure")
     if insecure:
-        click.echo("warning: not encrypted, and whoever connects is believed", err=True)
+        with output.impatient():
+            click.echo("warning: not encrypted, and whoever connects is believed", err=True)
     return str(tls.resolve()) if tls is not None else None
 
 
