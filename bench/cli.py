@@ -12,12 +12,21 @@ import click  # everything slower is imported where it is used
 from bench import cli_foresight, cli_page, cli_simulate
 from bench.cli_shared import heed_sigterm, json_option, measuring, runs_option, write
 from bench.cli_strategies import strategies
-from migrator import ranges
+from migrator import output, ranges
 from migrator.cli_shared import Group, Number, SizeType
 from migrator.harmless import harmless
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. It has failed if its results could not be printed."""
+        done = super().invoke(ctx)
+        if problem := output.unwritten():
+            raise click.ClickException(problem)
+        return done
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure the migrator. What arrives is always compared with what was sent."""
 

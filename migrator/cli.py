@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click  # everything slower is imported where it is used, where Ctrl-C is click's to catch
 
-from migrator import cli_control, cli_hosts, cli_record, cli_watch, output, ranges
+from migrator import cli_control, cli_hosts, cli_record, cli_watch, ranges
+from migrator.cli_command import MigratingCommand
 from migrator.cli_keys import keys
 from migrator.cli_report import report_option
 from migrator.cli_shared import (
@@ -46,7 +47,6 @@ Exit codes:
 @click.version_option(package_name="qemu-migrator")
 def main(verbose: int) -> None:
     """Move running QEMU VMs, from outside QEMU, without losing a page."""
-    output.install()
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(relativeCreated)8.0f ms %(name)s: %(message)s"))
@@ -63,7 +63,7 @@ cli_record.add_to(main)
 cli_watch.add_to(main)
 
 
-@main.command()
+@main.command(cls=MigratingCommand)
 @click.option("--memory", type=SizeType(), default="1G", show_default=True, help="Guest RAM.")
 @click.option(
     "--working-set",
@@ -132,7 +132,7 @@ def demo(
     _run_config(config, "demo", Path.cwd(), as_json, page)
 
 
-@main.command()
+@main.command(cls=MigratingCommand)
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--verify", is_flag=True, help="Compare all RAM, whatever the file says.")
 @memory_only_option
@@ -157,7 +157,7 @@ def run(config: Path, verify: bool, memory_only: bool, page: Path | None, as_jso
     _run_config(wanted, str(config), config.resolve().parent, as_json, page)
 
 
-@main.command()
+@main.command(cls=MigratingCommand)
 @click.option("--source", required=True, metavar="QMP", help="QMP socket of the running QEMU.")
 @click.option(
     "--destination",

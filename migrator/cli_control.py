@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from migrator import output
+from migrator.cli_command import Command, DecidingCommand
 from migrator.harmless import harmless, say
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_to(group: click.Group) -> None:
     group.add_command(cancel)
 
 
-@click.command()
+@click.command(cls=Command)
 @_socket
 @click.option("--watch", is_flag=True, help="Go on until they have ended, and say how.")
 @click.option(
@@ -52,6 +53,8 @@ def status(socket: Path | None, watch: bool, as_json: bool) -> None:
             _watch(paths, as_json)
         except KeyboardInterrupt:
             click.echo("no longer watched; what runs goes on", err=True)
+        if problem := output.unwritten():
+            raise click.ClickException(problem)
         return
     found: dict[Path, dict[str, Any]] = {}
     for path in paths:
@@ -69,7 +72,7 @@ def status(socket: Path | None, watch: bool, as_json: bool) -> None:
     sys.exit(0 if found else 1)
 
 
-@click.command()
+@click.command(cls=DecidingCommand)
 @_socket
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
@@ -78,11 +81,12 @@ def cancel(socket: Path | None, as_json: bool) -> None:
     """Abort the migration that runs, as Ctrl-C does: its source runs on.
 
     Waits until it has ended, and says how. SOCKET says which, if several run. It exits with 0 if
-    the migration was aborted, with 1 if it failed or completed instead or if there is none, and
-    with 4 if which side may run is not known.
+    the migration was aborted, with 1 if it completed instead or if there is none, with 4 if which
+    side may run is not known, also because nobody waited for its end, and otherwise as a migration
+    that failed.
     """
     from migrator import control_client
-    from migrator.errors import ControlError
+    from migrator.errors import ControlError, EndedSilently
 
     if socket is None:
         paths = _served(as_json)
@@ -93,12 +97,19 @@ def cancel(socket: Path | None, as_json: bool) -> None:
         socket = paths[0]
     try:
         ended = control_client.cancel(socket)
+    except EndedSilently as error:
+        _fail(str(error), as_json, error.exit_code)
     except ControlError as error:
         _fail(str(error), as_json)
-    say(_words(ended))
-    if as_json:
-        print(json.dumps({"socket": str(socket), **ended}), flush=True)
-    sys.exit(0 if ended["status"] == "aborted" else ended["exit_code"] or 1)
+    ending = output.Ending()
+    ending.decide(0 if ended["status"] == "aborted" else ended["exit_code"] or 1)
+
+    def tell() -> None:
+        say(_words(ended))
+        if as_json:
+            print(json.dumps({"socket": str(socket), **ended}), flush=True)
+
+    ending.leave(tell)
 
 
 def _watch(paths: list[Path], as_json: bool) -> None:
@@ -116,8 +127,6 @@ def _watch(paths: list[Path], as_json: bool) -> None:
         for path, answer in control_client.watch(paths):
             if as_json:
                 print(json.dumps({"socket": str(path), **_as_json(answer)}), flush=True)
-                if output.reader_is_gone():
-                    return
             if isinstance(answer, ControlError) or "ended" in answer:
                 found.pop(path, None)
                 console.print(
@@ -130,6 +139,8 @@ def _watch(paths: list[Path], as_json: bool) -> None:
                     console.print(
                         Text(harmless(f"{path.stem}:")), line(control_client.progress(answer))
                     )
+            if output.reader_is_gone(sys.stdout if as_json else sys.stderr):
+                return
             if console.is_terminal:
                 live.update(_table(found) if found else "", refresh=True)
 
@@ -157,10 +168,15 @@ def _served(as_json: bool) -> list[Path]:
 
 
 def _fail(reason: str, as_json: bool, code: int = 1) -> NoReturn:
-    say(reason)
-    if as_json:
-        print(json.dumps({"status": "failed", "reason": reason}), flush=True)
-    sys.exit(code)
+    ending = output.Ending()
+    ending.decide(code)
+
+    def tell() -> None:
+        say(reason)
+        if as_json:
+            print(json.dumps({"status": "failed", "reason": reason}), flush=True)
+
+    ending.leave(tell)
 
 
 def _console() -> Console:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from migrator import output, ranges
+from migrator.cli_command import DecidingCommand, MigratingCommand
 from migrator.cli_report import report_option
 from migrator.cli_shared import (
     Number,
@@ -24,6 +24,7 @@ from migrator.harmless import say
 
 if TYPE_CHECKING:
     from migrator.reception import Received
+    from migrator.resolution import Resolution
     from migrator.transport.session import Link
 
 
@@ -57,7 +58,8 @@ def _secured(tls: Path | None, insecure: bool) -> str | None:
     if tls is not None and insecure:
         raise click.UsageError("say either --tls or --insecure")
     if insecure:
-        click.echo("warning: not encrypted, and whoever connects is believed", err=True)
+        with output.impatient():
+            click.echo("warning: not encrypted, and whoever connects is believed", err=True)
     return str(tls.resolve()) if tls is not None else None
 
 
@@ -85,7 +87,7 @@ _peer = click.option(
 )
 
 
-@click.command()
+@click.command(cls=MigratingCommand)
 @click.option(
     "--listen", type=_Address(), required=True, metavar="HOST:PORT", help="Where to wait for it."
 )
@@ -134,31 +136,39 @@ def receive(
     from migrator.errors import MigratorError
     from migrator.reception import receive as do_receive
 
+    waiting = False
+
     if (destination is None) == (not command):
         raise click.UsageError("give either --destination QMP, or -- and QEMU's command line")
     keys = _secured(tls, insecure)
     ending = output.Ending()
     with Display() as display:
 
+        def say(text: str) -> None:
+            nonlocal waiting
+            waiting = True
+            display.say(text)
+
         async def until_decided() -> Received:
             received = await do_receive(
                 *(listen, destination or list(command)),
                 keys=keys,
                 peer=peer,
-                say=display.say,
+                say=say,
                 patience_s=patience_seconds,
             )
             ending.decide(received.exit_code)
             return received
 
         try:
-            received = asyncio.run(until_decided())
+            with output.impatient():
+                received = asyncio.run(until_decided())
         except MigratorError as error:
-            fail(error, as_json)
-        except asyncio.CancelledError:
-            ending.decide(1)
+            fail(error, as_json, 4 if waiting and error.exit_code == 1 else error.exit_code)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            # a signal after the first word is for the receiver, which ends well: this was another
+            ending.decide(4 if waiting else 1)
             ending.leave(lambda: _tell("interrupted", as_json, status="aborted"))
-    ending.decide(received.exit_code)
     ending.leave(lambda: _tell(received.words(), as_json, **received.to_json()))
 
 
@@ -168,7 +178,7 @@ def _tell(words: str, as_json: bool, **said: Any) -> None:
         print(json.dumps({"reason": words, **said}), flush=True)
 
 
-@click.command()
+@click.command(cls=MigratingCommand)
 @click.option("--source", required=True, metavar="QMP", help="QMP socket of the running QEMU.")
 @_to
 @_tls_options
@@ -267,7 +277,7 @@ def send(
         )
 
 
-@click.command()
+@click.command(cls=DecidingCommand)
 @click.option("--source", metavar="QMP", help="QMP socket of the source, on this host.")
 @click.option("--to", type=_Address(), metavar="HOST:PORT", help="Where it is received.")
 @_tls_options
@@ -300,8 +310,9 @@ def resolve(
     """
     import asyncio
 
-    from migrator.errors import MigratorError
+    from migrator.errors import MigratorError, SourceRuns
     from migrator.resolution import resolve as do_resolve
+    from migrator.settle import cancelled_by_signals
     from migrator.transport.session import Link
 
     if source is None and to is None:
@@ -316,13 +327,23 @@ def resolve(
     link: Link | None = None
     if to is not None:
         link = Link(*to, tls=_secured(tls, insecure), peer=peer)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        found = asyncio.run(do_resolve(source, link, decide, gone=destination_is_gone))
-    except MigratorError as error:
-        fail(error, as_json)
     ending = output.Ending()
-    ending.decide(found.exit_code)
+
+    async def until_interrupted() -> Resolution:
+        task = asyncio.ensure_future(do_resolve(source, link, decide, gone=destination_is_gone))
+        with cancelled_by_signals(task):
+            found = await task
+            ending.decide(found.exit_code)
+            return found
+
+    try:
+        found = asyncio.run(until_interrupted())
+    except SourceRuns as error:
+        fail(error, as_json)
+    except MigratorError as error:  # "the source runs" is not what these say
+        fail(error, as_json, 4 if error.exit_code == 1 else error.exit_code)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
     def tell_all() -> None:
         for sentence in found.sentences:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click  # everything slower is imported where it is used
 
-from migrator import ranges
+from migrator import output, ranges
+from migrator.cli_command import Group
 from migrator.cli_shared import Number
 from migrator.harmless import say
 
@@ -32,7 +33,7 @@ _json = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def keys() -> None:
     """Make certificates for hosts, with which they know each other.
 
@@ -82,6 +83,8 @@ def show(directory: Path, as_json: bool) -> None:
     _table(certificates)
     if as_json:
         print(json.dumps({"certificates": [_plain(certificate) for certificate in certificates]}))
+    if problem := output.unwritten():
+        raise click.ClickException(problem)
 
 
 @contextmanager

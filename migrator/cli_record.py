@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import ranges
+from migrator.cli_command import Command
 from migrator.cli_shared import Number, fail
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_to(group: click.Group) -> None:
     group.add_command(record)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--source", required=True, metavar="QMP", help="QMP socket of the running QEMU.")
 @click.option(
     "-o",

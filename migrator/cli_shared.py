@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from migrator import cli_report, output, ranges
+from migrator import cli_command, cli_report, output, ranges
 from migrator.harmless import harmless, say
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Begin = Callable[[Callable[[Progress], None]], Coroutine[Any, Any, Report]]
 
 
-class Group(click.Group):
+class Group(cli_command.Group):
     """A group of commands; what is wrong with their arguments or files is printed harmlessly."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -291,14 +291,23 @@ async def _interruptible(
             except MigratorError as error:
                 ending.decide(error.exit_code)
                 raise
+            except asyncio.CancelledError:
+                ending.decide(1)
+                raise
+            except Exception:
+                ending.decide(4)
+                raise
             ending.decide(0)
             return report
 
 
-def fail(error: Any, as_json: bool) -> NoReturn:
-    """Print why something failed, and exit with the code that stands for it."""
+def fail(error: Any, as_json: bool, code: int | None = None) -> NoReturn:
+    """Print why something failed, and exit with the code that stands for it.
+
+    :param code: exit with this one instead
+    """
     ending = output.Ending()
-    ending.decide(error.exit_code)
+    ending.decide(error.exit_code if code is None else code)
     ending.leave(lambda: tell(error, as_json))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from migrator import output, ranges
+from migrator.cli_command import Command
 from migrator.cli_shared import Number, fail
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def add_to(group: click.Group) -> None:
     group.add_command(watch)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--source", required=True, metavar="QMP", help="QMP socket of the running QEMU.")
 @click.option(
     "--seconds",
@@ -133,8 +135,8 @@ def _conclude(source: str, options: Options, as_json: bool) -> None:
             view.show(sight)
             if as_json:
                 print(json.dumps(sight.to_json()), flush=True)
-                if output.reader_is_gone():
-                    raise BrokenPipeError
+            if output.reader_is_gone(sys.stdout if as_json else sys.stderr):
+                raise BrokenPipeError
 
         try:
             asyncio.run(_interruptible(source, options, show))
@@ -145,7 +147,9 @@ def _conclude(source: str, options: Options, as_json: bool) -> None:
             view.__exit__()
             click.echo("no longer watched; the VM goes on", err=True)
         except BrokenPipeError:  # as of "| head": no need to say more
-            pass
+            view.__exit__()
+            if problem := output.unwritten():
+                raise click.ClickException(problem) from None
 
 
 async def _interruptible(source: str, options: Options, show: Callable[[Sight], None]) -> None:

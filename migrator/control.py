@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from migrator.errors import ControlError, MigrationError, Refused
+from migrator.errors import ControlError, MigrationError, MigratorError, Refused
 from migrator.phases import DOWNTIME
 from migrator.report import Progress
 
@@ -278,4 +278,11 @@ def _ending(error: BaseException | None) -> dict[str, Any]:
     else:
         status = "aborted" if isinstance(error, Refused) else "failed"
         reason = str(error) or type(error).__name__
-    return {"status": status, "reason": reason, "exit_code": getattr(error, "exit_code", 1)}
+    return {"status": status, "reason": reason, "exit_code": _exit_code(error)}
+
+
+def _exit_code(error: BaseException) -> int:
+    """The status that the command ends with; after a defect, which side runs is not known."""
+    if isinstance(error, (MigratorError, asyncio.CancelledError)):
+        return getattr(error, "exit_code", 1)
+    return 4

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from migrator.control import address, is_stale, opened, own_directory
-from migrator.errors import ControlError
+from migrator.errors import ControlError, EndedSilently
 from migrator.report import Progress
 
 Answer = dict[str, Any]
@@ -62,13 +62,17 @@ def progress(answer: Answer) -> Progress:
 def cancel(path: Path) -> Answer:
     """Cancel a migration, and wait until it has ended; return how it did.
 
-    :raise ControlError: nobody answers, or the process ended without a word
+    :raise EndedSilently: the process ended without a word, when it had been told to cancel
+    :raise ControlError: nobody answers
     """
     with _asked(path, "cancel") as connection:
         answers = _lines(path, connection)
         _check(path, next(answers), {"cancelling"})
         connection.settimeout(None)  # rolling back takes its time
-        last = next(answers)
+        try:
+            last = next(answers)
+        except ControlError as error:
+            raise EndedSilently(error.path, error.reason) from error
         _check(path, last, {"ended"})
         ended: Answer = last["ended"]
         return ended

@@ -5,9 +5,11 @@
     ├── TraceError          a recording is none, or cannot be kept         exit code 2
     ├── AccelUnavailable    guests do not run under it here                exit code 2
     ├── ControlError        a running migration cannot be asked            exit code 1
+    │   └── EndedSilently   the process that was told to cancel has ended   exit code 4
     ├── VmError             a QEMU that we started, or its QMP, failed     exit code 1
     │   ├── QmpUnreachable  nobody answers at that socket
     │   │   └── SourceUnreachable  nothing was begun, nothing is known      exit code 6
+    │   ├── SourceRuns      no destination may be let run beside it
     │   ├── CommandFailed   QEMU refused a command
     │   ├── Unconfirmed     it may run by now, or not
     │   ├── NotStanding     it ran, was reset or ended while it was handed over
@@ -106,6 +108,12 @@ class ControlError(MigratorError):
         self.reason = reason
 
 
+class EndedSilently(ControlError):
+    """The process that was asked to cancel its migration ended, and did not say how."""
+
+    exit_code = 4
+
+
 class VmError(MigratorError):
     """A QEMU could not be started, ended too early, or did not answer.
 
@@ -126,6 +134,10 @@ class SourceUnreachable(QmpUnreachable):
     """The source cannot be asked, before anything was begun: nothing is known, and unchanged."""
 
     exit_code = 6
+
+
+class SourceRuns(VmError):
+    """The destination was decided for, and the source runs."""
 
 
 class CommandFailed(VmError):

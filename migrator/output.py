@@ -8,6 +8,7 @@ signal that arrives while it is printed changes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 _PIECE = select.PIPE_BUF  # a pipe that polls as writable takes so many bytes without blocking
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LAST_WORDS_S = 2.0
 
 
 class Stream(io.RawIOBase):
     """A descriptor to write to, where writing never fails.
 
     :ivar gone: whether something could not be written
+    :ivar error: why, where the kernel said so
     :ivar patience_s: seconds for which a reader that reads nothing is waited for; ``None``: no
         limit
     """
@@ -35,6 +38,7 @@ class Stream(io.RawIOBase):
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.gone = False
+        self.error: OSError | None = None
         self.patience_s: float | None = None
 
     def writable(self) -> bool:
@@ -55,9 +59,10 @@ class Stream(io.RawIOBase):
         left = view
         try:
             while left and self._ready():
-                left = left[os.write(self._fd, left[:_PIECE]) :]
-        except OSError:
-            pass
+                with contextlib.suppress(BlockingIOError):  # another process was faster
+                    left = left[os.write(self._fd, left[:_PIECE]) :]
+        except OSError as error:
+            self.error = error
         self.gone = self.gone or bool(left)
         return view.nbytes
 
@@ -80,7 +85,7 @@ def install() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _text(1, sys.__stdout__)
     if sys.stderr is sys.__stderr__:
@@ -98,10 +103,25 @@ def _raw(stream: TextIO | None) -> Stream | None:
     return raw if isinstance(raw, Stream) else None
 
 
-def reader_is_gone() -> bool:
-    """Whether something that was printed on stdout could not be written."""
-    raw = _raw(sys.stdout)
+def reader_is_gone(stream: TextIO | None = None) -> bool:
+    """Whether something that was printed could not be written.
+
+    :param stream: where; ``None``: on stdout
+    """
+    raw = _raw(sys.stdout if stream is None else stream)
     return raw is not None and raw.gone
+
+
+def unwritten() -> str:
+    """Why not all that was printed on stdout was written; ``""`` if it was, or nobody wants more.
+
+    It is for commands that do nothing but print. A reader that has ended, as ``head`` does, has
+    what it wanted.
+    """
+    raw = _raw(sys.stdout)
+    if raw is None or raw.error is None or raw.error.errno == errno.EPIPE:
+        return ""
+    return f"stdout: {raw.error.strerror}: not all of it was printed"
 
 
 @contextlib.contextmanager
@@ -122,25 +142,38 @@ class Ending:
     """How a command ends: a status that is decided once.
 
     Until then, SIGINT, SIGTERM and SIGHUP are a :exc:`KeyboardInterrupt`, which an event loop is
-    expected to handle itself; after it they end the command at once, with that status.
+    expected to handle itself. After it they only hurry the command, which ends with that status: it
+    has two seconds to print its last words, and none after a second signal.
     """
 
     def __init__(self) -> None:
         self.status: int | None = None
-        self._before = [(number, signal.getsignal(number)) for number in _SIGNALS]
-        for number, handler in self._before:
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
+        self._hurried = False
+        self._heeded = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._heed()
+
+    def _heed(self) -> None:
+        for number in self._heeded:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.status is not None:
-            os._exit(self.status)
-        raise KeyboardInterrupt
+        if self.status is None:
+            raise KeyboardInterrupt
+        if self._hurried:
+            self._end_at_once()
+        self._hurried = True
+        signal.signal(signal.SIGALRM, self._end_at_once)
+        signal.setitimer(signal.ITIMER_REAL, _LAST_WORDS_S)
+
+    def _end_at_once(self, *_: object) -> NoReturn:
+        assert self.status is not None
+        os._exit(self.status)
 
     def decide(self, status: int) -> None:
         """From now on, the command ends with this status; a second call changes nothing."""
         if self.status is None:
             self.status = status
+        self._heed()  # an event loop that heeded signals has set them back to ending the process
 
     def leave(self, printing: Callable[[], object]) -> NoReturn:
         """Print, and end the command with the status that was decided."""

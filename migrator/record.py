@@ -74,7 +74,8 @@ async def record(
     :param path: the file; one that is there already is replaced
     :param show: called in the event loop each second, and at the end, however it comes
     :raise Refused: its RAM cannot be found or tracked
-    :raise VmError: it does not answer or ended, its RAM changed, or somebody else tracks it
+    :raise SourceUnreachable: it does not answer
+    :raise VmError: it ended, its RAM changed, or somebody else tracks it
     :raise TraceError: the file cannot be written
     """
     await in_thread(warm_up)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from migrator.errors import LinkError, MigratorError, VmError
+from migrator.errors import (
+    LinkError,
+    MigratorError,
+    QmpUnreachable,
+    SourceRuns,
+    SourceUnreachable,
+    VmError,
+)
 from migrator.qmp import Qmp
 from migrator.rollback import UNDER_WAY, Before, bring_back
 from migrator.settings import DEFAULTS, left_behind, put_back, read_settings
@@ -73,13 +80,14 @@ async def resolve(
     :param link: where the destination is received; ``None``: it is not asked
     :param gone: the operator has seen to it that the destination does not run
     :param decide: ``source``, ``destination``, or ``None`` to change nothing
-    :raise VmError: the source refuses to run; or it runs, or does not answer, and the destination
-        was decided for
+    :raise SourceRuns: the destination was decided for, and the source runs; nothing was changed
+    :raise SourceUnreachable: likewise, and it does not answer
+    :raise VmError: the source refuses to run
     :raise LinkError: the destination refuses what was decided, or cannot be told
     """
     found = Resolution()
     if source is not None and decide == "destination" and await _runs(source):
-        raise VmError("source", "runs: end it first, or decide for it")
+        raise SourceRuns("source", "runs: end it first, or decide for it")
     if link is not None:
         try:
             answer = await settle_outcome(link, "", decide, patience_s=_PATIENCE_S)
@@ -114,7 +122,10 @@ async def resolve(
 
 
 async def _runs(path: str) -> bool:
-    qmp = await Qmp.connect("source", path)
+    try:
+        qmp = await Qmp.connect("source", path)
+    except QmpUnreachable as error:
+        raise SourceUnreachable(error.vm, error.reason) from error
     try:
         return await qmp.run_state() == "running"
     finally:

@@ -8,13 +8,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from migrator.accel import choose_accel
 from migrator.config import Config, MigrationConfig, VmConfig, parse_address
-from migrator.errors import ConfigError, Undecided, VmError
+from migrator.errors import ConfigError, SourceUnreachable, Undecided, VmError
 from migrator.guest import Workload, boot_image, heartbeats
 from migrator.orchestrator import Options, migrate
 from migrator.phases import Phase
@@ -51,6 +51,7 @@ async def run(
     :param say: called with each step before the migration, for people
     :param dirty_map: have in the report where memory was dirty
     :raise ConfigError: it cannot be done
+    :raise SourceUnreachable: the source cannot be started, or ends before anything was begun
     :raise MigratorError: see :func:`migrator.orchestrator.migrate`
     """
     for command in config.prepare:
@@ -60,8 +61,9 @@ async def run(
         run_directory = RunDirectory()
         directory = stack.enter_context(run_directory)
         say("starting")
-        values = await _values(config, directory, here)
-        source, source_qmp = await _provide("source", config.source, values, directory, stack)
+        with _nothing_begun(config):
+            values = await _values(config, directory, here)
+            source, source_qmp = await _provide("source", config.source, values, directory, stack)
         if source is not None and config.source.keep:
             # whatever comes: until it has moved it is the only one
             stack.callback(_keep, source, run_directory, say)
@@ -75,7 +77,7 @@ async def run(
             place = _link(config, here)
         if source is not None:
             say(f"the source runs (process {source.pid}); waiting until its guest is ready")
-            await _ready(source, config)
+            await _ready_or_ended(source, config)
             await asyncio.sleep(config.migration.settle_s)
         say("migrating")
         options = options_of(config.migration, dirty_map=dirty_map)
@@ -94,6 +96,26 @@ async def run(
         if destination is not None and config.destination and config.destination.keep:
             _keep(destination, run_directory, say)
     return report
+
+
+@contextlib.contextmanager
+def _nothing_begun(config: Config) -> Iterator[None]:
+    """Within the block, a source that is to be started and cannot be is one that is not there."""
+    try:
+        yield
+    except VmError as error:
+        if config.source.command is None:
+            raise
+        raise SourceUnreachable(error.vm, error.reason) from error
+
+
+async def _ready_or_ended(source: Vm, config: Config) -> None:
+    try:
+        await _ready(source, config)
+    except VmError:
+        with _nothing_begun(config):
+            source.check_alive()
+        raise
 
 
 def _keep(vm: Vm, run_directory: RunDirectory, say: Callable[[str], None]) -> None:
@@ -188,7 +210,8 @@ async def _provide(
         assert wanted.qmp is not None
         return None, wanted.qmp
     vm = Vm(name, directory)
-    stack.push_async_callback(vm.stop)  # unless it is let go
+    # unless it is let go; a signal that comes meanwhile does not change what became of the VM
+    stack.push_async_callback(lambda: settle(vm.stop(), too_late=True))
     await vm.start(
         fill_in(wanted.command, {**values, "console": str(vm.console)}),
         incoming=name == "destination",

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from migrator.errors import Refused, VmError
+from migrator.errors import QmpUnreachable, Refused, SourceUnreachable, VmError
 from migrator.findings import Finding
 from migrator.qmp import MemoryBackend, Qmp, is_alive
 from migrator.settle import in_thread, settle
@@ -47,9 +47,13 @@ async def tracked(source: str, strategy: str = "auto") -> AsyncIterator[Tracked]
     :param source: QMP socket of the QEMU that runs it
     :param strategy: see :func:`migrator.strategies.choose_strategy`
     :raise Refused: its RAM cannot be found, or not be tracked in the way that is asked for
-    :raise VmError: it does not answer or ended, its RAM changed, or somebody else tracks it
+    :raise SourceUnreachable: it does not answer
+    :raise VmError: it ended, its RAM changed, or somebody else tracks it
     """
-    vm = await Qmp.connect("source", source)
+    try:
+        vm = await Qmp.connect("source", source)
+    except QmpUnreachable as error:
+        raise SourceUnreachable(error.vm, error.reason) from error
     try:
         async with _started(vm, strategy) as found:
             yield found

@@ -56,7 +56,8 @@ async def watch(source: str, options: Options, show: Callable[[Sight], None]) ->
     :param source: QMP socket of the QEMU that runs it
     :param show: called in the event loop at the end of each interval
     :raise Refused: its RAM cannot be found, or not be tracked in the way that is asked for
-    :raise VmError: it does not answer or ended, its RAM changed, or somebody else tracks it
+    :raise SourceUnreachable: it does not answer
+    :raise VmError: it ended, its RAM changed, or somebody else tracks it
     """
     await in_thread(warm_up)
     async with tracked(source, options.strategy) as found:

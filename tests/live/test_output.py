@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,27 +55,33 @@ class Sink:
         for fd in (self.fd, self._other):
             if fd >= 0:
                 os.close(fd)
+        self.fd = self._other = -1
+
+
+def start(command: Sequence[str], sink: Sink, which: str) -> subprocess.Popen[bytes]:
+    """Start a command whose stdout, stderr, or both, lead nowhere."""
+    numbers = {"stdout": (1,), "stderr": (2,), "both": (1, 2)}[which]
+
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    def stream(number: int) -> int:
+        return sink.fd if number in numbers and sink.fd >= 0 else subprocess.PIPE
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stream(1),
+        stderr=stream(2),
+        preexec_fn=close if sink.kind == "closed" else None,
+    )
 
 
 def run(command: Sequence[str], kind: str, which: str) -> subprocess.Popen[bytes]:
-    """Start a command whose stdout, stderr, or both, lead nowhere."""
+    """Start a command as :func:`start` does; its sink, and with it a reader, is closed at once."""
     with Sink(kind) as sink:
-        numbers = {"stdout": (1,), "stderr": (2,), "both": (1, 2)}[which]
-
-        def close() -> None:
-            for number in numbers:
-                os.close(number)
-
-        def stream(number: int) -> int:
-            return sink.fd if number in numbers and sink.fd >= 0 else subprocess.PIPE
-
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stream(1),
-            stderr=stream(2),
-            preexec_fn=close if kind == "closed" else None,
-        )
+        return start(command, sink, which)
 
 
 async def ended(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
@@ -123,7 +130,9 @@ def test_a_reader_that_reads_nothing_holds_nothing_up(verbose: bool) -> None:
     async def body(vms: Pair) -> None:
         command = migrate(vms, "--max-standstill", "5")
         command[1:1] = ["-vv"] if verbose else []
-        process = run(command, "stalled", "stderr")
+        with Sink("stalled") as sink:
+            process = start(command, sink, "stderr")
+            await vms.beats(vms.destination, 1, timeout_s=PATIENCE_S)
         status, stdout, _ = await ended(process)
         assert status == 0
         assert json.loads(stdout.splitlines()[-1])["status"] == "completed"
@@ -134,7 +143,10 @@ def test_a_reader_that_reads_nothing_holds_nothing_up(verbose: bool) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "end"),
-    [("full", "same"), ("closed", "aborted"), ("gone", "aborted"), ("gone", "unreachable")],
+    [
+        *[("full", "same"), ("closed", "aborted"), ("gone", "aborted"), ("gone", "unreachable")],
+        *[("full", "refused"), ("closed", "refused")],
+    ],
 )
 def test_other_ends(kind: str, end: str) -> None:
     async def body(vms: Pair) -> None:
@@ -146,6 +158,13 @@ def test_other_ends(kind: str, end: str) -> None:
         elif end == "aborted":
             command, wanted = migrate(vms, "--max-rounds", "1", "--downtime-limit", "0.01"), 1
             command[command.index("force")] = "abort"
+        elif end == "refused":
+            command, wanted = migrate(vms, "--memory-only"), 3
+            await vms.destination.stop()
+            machine = replace(SMALL, memory=64 * MIB)
+            arguments = machine.arguments(vms.image, vms.destination.console, destination=True)
+            os.unlink(vms.destination.qmp)
+            await vms.destination.start(arguments, incoming=True)
         else:
             command[command.index("--source") + 1] = "/nonexistent"
         status, _, _ = await ended(run(command, kind, "both"))
@@ -156,32 +175,36 @@ def test_other_ends(kind: str, end: str) -> None:
     with_pair(body)
 
 
-@pytest.mark.parametrize(("kind", "which"), [("full", "stdout"), ("gone", "both")])
-def test_received(kind: str, which: str, tmp_path: Path) -> None:
-    async def body(vms: Pair) -> None:
+@pytest.mark.parametrize(
+    ("kind", "which"), [("full", "stdout"), ("gone", "both"), ("stalled", "stderr")]
+)
+def test_received(kind: str, which: str) -> None:
+    async def body(vms: Pair, sink: Sink) -> None:
         await vms.destination.stop()
         address = "127.0.0.1:17343"
         receive = [MIGRATOR, "receive", "--insecure", "--listen", address, "--json", "--"]
         arguments = SMALL.arguments(vms.image, vms.destination.console, destination=True)
-        receiver = run([*receive, *arguments], kind, which)
+        receiver = start([*receive, *arguments], sink, which)
         send = [MIGRATOR, "send", "--source", vms.source.qmp, "--insecure", "--to", address]
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            sender = run([*send, "--on-limit", "force", "--json"], kind, which)
+            sender = run([*send, "--on-limit", "force", "--json"], "none", which)
             status, _, _ = await ended(sender)
             if status == 0:
                 break
             assert time.monotonic() < deadline
             assert receiver.poll() is None
             await asyncio.sleep(0.2)
-        assert (await ended(receiver))[0] == 0
         deadline = time.monotonic() + PATIENCE_S
         while not vms.destination.console.read_bytes():
             assert time.monotonic() < deadline, "it does not run"
+        sink.__exit__()
+        assert (await ended(receiver))[0] == 0
         for pid in _processes_with(str(vms.destination.console)):
             os.kill(pid, signal.SIGKILL)
 
-    with_pair(body)
+    with Sink(kind) as sink:
+        with_pair(lambda vms: body(vms, sink))
 
 
 def _processes_with(word: str) -> Iterator[int]:
@@ -234,7 +257,29 @@ def test_a_signal_does_not_change_what_was_decided(
         [sys.executable, "-c", _DECIDES, when, str(int(number))], capture_output=True, check=False
     )
     assert done.returncode == status
-    assert (b"could not be printed" in done.stderr) == (when == "undecided")
+    assert b"could not be printed" in done.stderr  # there was time for last words
+
+
+_IS_STUCK = """
+import os, signal, sys, time
+from migrator.output import Ending
+ending = Ending()
+ending.decide(3)
+def tell():
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("told", flush=True)
+    time.sleep(600)
+ending.leave(tell)
+"""
+
+
+@pytest.mark.parametrize(("signals", "told"), [(1, b"told\n"), (2, b"")])
+def test_a_signal_hurries_last_words_that_are_stuck(signals: int, told: bytes) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IS_STUCK, str(signals)], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (3, told)
 
 
 def test_a_status_is_decided_once() -> None:

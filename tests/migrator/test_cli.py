@@ -193,7 +193,7 @@ def test_configuration_errors(tmp_path: Path, text: str | None, said: str, as_js
 def test_sockets_that_nobody_listens_at(tmp_path: Path) -> None:
     for side in ("source", "destination"):
         done = invoke("migrate", "--source", "/no/a", "--destination", "/no/b", "--json")
-        assert done.exit_code == 1
+        assert done.exit_code == 6
         assert isinstance(done.exception, SystemExit)
         said = last_line(done)
         assert said["status"] == "failed"
