@@ -27,6 +27,19 @@ def _is(seen: Seen, *faults: Fault) -> bool:
     return seen.disturbed and seen.plan.fault in faults
 
 
+def _ended_at_the_destination(seen: Seen) -> bool:
+    """Whether the fault itself ended a destination that ran.
+
+    Of a file system that fills up: only after the point of no return. The guest dies of it when it
+    touches a page for the first time, as every other VM on that file system does.
+    """
+    if not seen.destination.ran:
+        return False
+    filled = _is(seen, Fault.DESTINATION_FULL) and seen.struck is not None
+    late = filled and seen.go_s is not None and seen.struck.at_s > seen.go_s  # type: ignore[union-attr]
+    return _is(seen, *ENDS_DESTINATION) or late
+
+
 def by_the_operator(seen: Seen) -> bool:
     """Whether it was the operator that let the source run, too late for the command to notice.
 
@@ -93,7 +106,7 @@ def one_runs(seen: Seen) -> list[str]:
         return []
     excused = (
         (_is(seen, *ENDS_SOURCE) and source.state == "gone")
-        or (_is(seen, *ENDS_DESTINATION) and destination.ran)
+        or _ended_at_the_destination(seen)
         or (_stopped_by_the_operator(seen) and "paused" in (source.state, destination.state))
         or (_is(seen, Fault.DESTINATION_STOP) and destination.state == "paused")
         or _is(seen, Fault.COMMAND_AND_GUARD_KILL)
@@ -192,7 +205,7 @@ def _done(seen: Seen) -> list[str]:
     arrived = seen.destination.ran or (seen.destination.loaded and may_stand)
     if not arrived:
         found.append("exit code 0, but the destination never ran")
-    stands = may_stand or _is(seen, *ENDS_DESTINATION, Fault.DESTINATION_STOP)
+    stands = may_stand or _ended_at_the_destination(seen) or _is(seen, Fault.DESTINATION_STOP)
     if arrived and not (seen.destination.runs or stands):
         found.append(f"exit code 0, but the destination is {seen.destination.state!r}")
     return found

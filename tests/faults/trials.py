@@ -138,7 +138,7 @@ async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
     # before anything is mended: the command left it like this
     source, destination = await _side(scene.source), await _side(scene.destination)
     beats = _beats(scene, destination.ran)
-    left += _files(scene, moved=destination.ran or destination.state == "paused")
+    left += _files(scene, moved=destination.ran or destination.loaded)
     receiver_code = scene.receiver.exit_code if scene.receiver else None
     if scene.hosts is not None:
         await asyncio.to_thread(scene.hosts.mend)
