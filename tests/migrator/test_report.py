@@ -16,7 +16,7 @@ KEYS = {
     *("memory_only", "stopped_by", "compared_pages", "differing_pages", "wire_bytes", "reconnects"),
     *("policy", "predicted_downtime_ms", "predicted_downtime", "unchanged_pages"),
     "throttle_percent",
-    *("downtime_limit_ms", "dirty_map"),
+    *("downtime_limit_ms", "dirty_map", "warnings"),
 }
 
 

@@ -215,7 +215,7 @@ def test_a_working_set_that_cannot_be(tmp_path: Path, own_tmp: Path) -> None:
 def test_sockets_that_nobody_listens_at(tmp_path: Path, own_tmp: Path) -> None:
     error, _ = fails(config(), tmp_path)
     assert isinstance(error, QmpUnreachable)
-    assert (error.vm, error.exit_code) == ("source", 1)
+    assert (error.vm, error.exit_code) == ("source", 6)
     assert "/none: No such file" in str(error)
 
 
