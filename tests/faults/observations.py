@@ -47,6 +47,7 @@ class Seen:
     :ivar stdout_open: whether it could print one
     :ivar complaints: tracebacks that the command and its helpers printed
     :ivar decision_s: when the command came to the point of no return, in seconds since the epoch
+    :ivar looked_s: when the command had looked at the destination's space for the last time
     :ivar go_s: when the command went on after it had come to the point of no return
     :ivar beats_problem: of the heartbeats; likewise ``walk_problem`` of the guest's RAM
     :ivar left: processes and files of the product's that remain
@@ -65,6 +66,7 @@ class Seen:
     stdout_open: bool = True
     complaints: tuple[str, ...] = ()
     decision_s: float | None = None
+    looked_s: float | None = None
     go_s: float | None = None
     beats_problem: str = ""
     walk_problem: str = ""

@@ -30,14 +30,14 @@ def _is(seen: Seen, *faults: Fault) -> bool:
 def _ended_at_the_destination(seen: Seen) -> bool:
     """Whether the fault itself ended a destination that ran.
 
-    Of a file system that fills up: only after the point of no return. The guest dies of it when it
-    touches a page for the first time, as every other VM on that file system does.
+    Of a file system that fills up: only after the last look at its space. The guest dies of it when
+    it touches a page for the first time, as every other VM on that file system does.
     """
-    if not seen.destination.ran:
+    struck, looked_s = seen.struck, seen.looked_s
+    if not seen.destination.ran or struck is None:
         return False
-    filled = _is(seen, Fault.DESTINATION_FULL) and seen.struck is not None
-    late = filled and seen.go_s is not None and seen.struck.at_s > seen.go_s  # type: ignore[union-attr]
-    return _is(seen, *ENDS_DESTINATION) or late
+    late = looked_s is not None and struck.at_s > looked_s
+    return _is(seen, *ENDS_DESTINATION) or (_is(seen, Fault.DESTINATION_FULL) and late)
 
 
 def by_the_operator(seen: Seen) -> bool:

@@ -189,8 +189,9 @@ def _told_again_and_again(side: Callable[[Scene], Side], command: str) -> _Actio
     return action
 
 
-async def _destination_full(scene: Scene, _: Strike) -> None:
+async def _destination_full(scene: Scene, struck: Strike) -> None:
     await asyncio.to_thread(scene.fill_up)
+    struck.at_s = time.time()  # nothing is left from now on
 
 
 # -- the link --------------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ async def _look(scene: Scene, struck: Strike | None, ended: bool) -> Seen:
             if each is not None
             for complaint in _tracebacks(each.stderr.text)
         ),
+        looked_s=dict(command.phases).get("load"),
         decision_s=None if plan.memory_only else dict(command.phases).get("resume"),
         go_s=None if plan.memory_only else command.went_on_s.get("resume"),
         beats_problem=beats,
