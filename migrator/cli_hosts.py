@@ -305,8 +305,10 @@ def resolve(
 ) -> None:
     """Tell what each side holds after a migration that ended with exit code 4, and let you decide.
 
-    Without --decide nothing is changed. A destination that was told to go cannot be taken back; one
-    that was not never runs once the source was decided for.
+    Without --decide no side is chosen; but a source that was left before its state was saved, so
+    that no destination can run, is let run, and settings that a killed migration left in it are put
+    back. A destination that was told to go cannot be taken back; one that was not never runs once
+    the source was decided for.
     """
     import asyncio
 

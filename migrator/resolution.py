@@ -15,7 +15,7 @@ from migrator.errors import (
 )
 from migrator.qmp import Qmp
 from migrator.rollback import UNDER_WAY, Before, bring_back
-from migrator.settings import DEFAULTS, left_behind, put_back, read_settings
+from migrator.settings import DEFAULTS, put_back, read_settings, to_undo
 from migrator.transport.messages import State
 from migrator.transport.session import Link, settle_outcome
 
@@ -154,8 +154,8 @@ async def _the_source(path: str, found: Resolution, *, run: bool) -> None:
                     "the source had been left before it saved its state, so that no destination "
                     "can run: it was let run"
                 )
-        elif status not in UNDER_WAY and left_behind(await read_settings(qmp)):
-            await put_back(qmp, DEFAULTS)
+        elif status not in UNDER_WAY and (undo := to_undo(await read_settings(qmp))):
+            await put_back(qmp, undo)
             found.sentences.append(
                 "the source had settings of a migration that was killed: they were put back, as "
                 "its snapshots would have held no RAM"

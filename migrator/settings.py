@@ -67,10 +67,15 @@ async def put_back(qmp: Qmp, before: Settings) -> None:
         raise refused
 
 
-def left_behind(found: Settings) -> bool:
-    """Whether these are the values of a migration of this program that was killed."""
-    return (
-        bool(found.capabilities.get("x-ignore-shared"))
-        and bool(found.capabilities.get("pause-before-switchover"))
+def to_undo(found: Settings) -> Settings | None:
+    """The settings that undo those of a migration of this program that was killed, if it was.
+
+    A source has more of them than a destination, whose receiver was killed.
+    """
+    if not found.capabilities.get("x-ignore-shared"):
+        return None
+    is_source = (
+        bool(found.capabilities.get("pause-before-switchover"))
         and found.parameters.get("max-bandwidth") == SOURCE_PARAMETERS["max-bandwidth"]
     )
+    return DEFAULTS if is_source else Settings({"x-ignore-shared": False})

@@ -155,6 +155,18 @@ def test_leftovers_of_a_source_that_runs_are_told_and_put_back() -> None:
     beside(body)
 
 
+def test_the_leftover_of_a_receiver_that_was_killed_is_put_back() -> None:
+    async def body(vms: Pair, source: Monitor, destination: Monitor) -> None:
+        before = source.settings()
+        capabilities = [{"capability": "x-ignore-shared", "state": True}]
+        source.execute("migrate-set-capabilities", capabilities=capabilities)
+        found = await resolve(vms.source.qmp, None, None)
+        assert any("were put back" in sentence for sentence in found.sentences)
+        assert source.settings() == before
+
+    beside(body)
+
+
 # -- why it matters -----------------------------------------------------------------------------
 
 
