@@ -216,7 +216,9 @@ def _source_runs(seen: Seen) -> list[str]:
     found = []
     if seen.destination.ran:
         found.append(f"exit code {code}, but the destination ran")
-    late = seen.struck is not None and seen.struck.phase in _AFTER_THE_DECISION
+    # a rehearsal lets the source go on in the phase "resume", and has no decision
+    after = (*_AFTER_THE_DECISION, *(["resume"] if seen.plan.memory_only else []))
+    late = seen.struck is not None and seen.struck.phase in after
     excused = (
         seen.plan.paused
         or (_stopped_by_the_operator(seen) and source.state == "paused")
