@@ -105,7 +105,7 @@ async def resolve(
                 found.sentences[-1] += f" ({answer.reason})"
     may_run = gone or found.destination == "never"
     if source is not None:
-        await _the_source(source, found, run=decide == "source" and may_run)
+        await _the_source(source, found, run=decide == "source" and may_run, told=link is not None)
     if decide == "source" and not may_run:
         why = "the destination is the one to run"
         if found.destination == "waiting":
@@ -114,7 +114,7 @@ async def resolve(
                 "that it does not, and say so with --destination-is-gone"
             )
         found.sentences.append(f"the source was left as it is: {why}")
-    known = link is None or found.destination not in (None, "waiting", "unknown") or gone
+    known = link is None or found.destination not in (None, "unknown") or gone
     found.decided = known and (found.source == "running") != (found.destination == "running")
     if not found.decided and decide is None and found.destination in _MAY_BE_DECIDED:
         found.sentences.append(f"{_MAY_BE_DECIDED[found.destination]} lets one of them run")
@@ -132,7 +132,7 @@ async def _runs(path: str) -> bool:
         await qmp.close()
 
 
-async def _the_source(path: str, found: Resolution, *, run: bool) -> None:
+async def _the_source(path: str, found: Resolution, *, run: bool, told: bool) -> None:
     try:
         qmp = await Qmp.connect("source", path)
     except MigratorError as error:
@@ -143,8 +143,8 @@ async def _the_source(path: str, found: Resolution, *, run: bool) -> None:
     try:
         found.source = await qmp.run_state()
         status = (await qmp.migration()).get("status")
-        # nothing is saved before that, so that no destination can run
-        before_saving = status == "pre-switchover"
+        # nothing is saved before that, so that no destination can run; one that can be told is told
+        before_saving = status == "pre-switchover" and not told
         if (run or before_saving) and found.source != "running":
             found.source = await bring_back(qmp, _LEFT_BEHIND)
             if found.source != "running":

@@ -240,9 +240,14 @@ def test_running() -> None:
         ended = await cut_once(road, Phase.RESUME, NOTHING_COMES_BACK, None, reconnect_s=2.0)
         assert [error.exit_code for error in ended] == [4]
         assert await road.states() == ("postmigrate", "running")
+        await eventually(lambda: "staying to tell it" in road.receiver.said, "it stays")
+        road.hosts.mend()
+        found = await ask(road)
+        assert (found.source, found.destination, found.exit_code) == ("postmigrate", "running", 0)
+        assert not any("--decide" in sentence for sentence in found.sentences)
+        await ask(road, "destination")
         assert await road.receiver.ended() == 0
         assert road.receiver.result()["state"] == "running"
-        road.hosts.mend()
         assert await road.one_runs() == "destination"
 
     on_a_road(body)
@@ -275,7 +280,7 @@ def test_never_by_the_command() -> None:
         assert found["source"] in COMPLETE
         assert "--decide source" in told
         code, found, told = await command("--decide", "destination")
-        assert code == 1
+        assert code == 4
         assert "cannot run here" in told
         assert await state(road.vm) in COMPLETE
         code, found, told = await command("--decide", "source")

@@ -155,7 +155,7 @@ ENDS: list[tuple[BaseException | None, str, str, int]] = [
     (Undecided("resume", "no answer", ["it is alive"]), "failed", "no answer; it is alive", 4),
     (Refused([]), "aborted", "Refused", 3),
     (asyncio.CancelledError(), "aborted", "interrupted", 1),
-    (ZeroDivisionError(), "failed", "ZeroDivisionError", 1),
+    (ZeroDivisionError(), "failed", "ZeroDivisionError", 4),
 ]
 
 
