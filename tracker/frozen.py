@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 
+from tracker import child
 from tracker.errors import InjectionError, TargetGone
+from tracker.freezer import main
 
 _GRACE_S = 60.0  # for starting an interpreter on a busy, emulated machine
 
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.freezer import main
-main(int(sys.argv[2]), float(sys.argv[3]))
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _ERRORS = {error.__name__: error for error in (InjectionError, TargetGone)}
 
 
@@ -40,13 +34,11 @@ def frozen(pid: int, *, timeout_s: float = 5.0) -> Iterator[None]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            # -S leaves out site-packages with everything that its .pth files import
-            freezer = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(pid), str(timeout_s)],
+            freezer = child.start(
+                partial(main, pid, timeout_s),
+                site=False,
                 stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # no Ctrl-C
             )
         try:
             ours.settimeout(timeout_s + _GRACE_S)

@@ -6,23 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from typing import NamedTuple
 
+from tracker import child
 from tracker.errors import InjectionError, TargetGone, UnsupportedMachine
+from tracker.injector import main
 
 # How much longer than the target's thread may take to stop everything else may take: starting an
 # interpreter on a busy machine, and the injected calls.
 _GRACE_S = 60.0
 
-# -S leaves out site-packages with everything that its .pth files import; this package is found
-# where it is, behind the standard library.
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.injector import main
-main(int(sys.argv[2]), float(sys.argv[3]))
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _INT_BYTES = 4
 
@@ -64,12 +58,11 @@ def acquire_userfaultfd(pid: int, *, timeout_s: float = 5.0) -> AcquiredUffd:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            injector = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(pid), str(timeout_s)],
+            injector = child.start(
+                partial(main, pid, timeout_s),
+                site=False,
                 stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # no Ctrl-C, no hangup
             )
         ours.settimeout(timeout_s + _GRACE_S)
         try:

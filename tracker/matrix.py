@@ -12,12 +12,12 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from tracker import child
 from tracker.pinned import MEMORIES
 from tracker.pins import SCENARIOS, Finding, Findings, findings
 from tracker.probe import lines
@@ -28,14 +28,6 @@ LIMIT_S = 20.0
 
 _STARTING_S = 120.0  # an interpreter and numpy, on an emulated machine
 _ENDING_S = 2.0
-
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.matrix import main
-main(float(sys.argv[2]))
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass(frozen=True)
@@ -68,13 +60,7 @@ def run_matrix(limit_s: float = LIMIT_S) -> Iterator[Experiment]:
     :return: one for each memory, scenario and tracker, in order, also for those that hang
     :raise OSError: the child cannot be started
     """
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _PROGRAM, _ROOT, str(limit_s)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # so that its children can be ended with it
-    )
+    process = child.start(partial(main, limit_s), stdout=subprocess.PIPE)
     assert process.stdout is not None
     wanted = _names()
     try:

@@ -15,12 +15,13 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from tracker import child
 from tracker.errors import NotTracking, TrackerError
 from tracker.trial import SOURCE, Subject, Tracker, huge_file, shared_file
 
@@ -30,13 +31,6 @@ _RACE_PAGES = 256
 LIMIT_S = 20.0
 """How long one probe may take, with starting its process; a twentieth of a second is usual."""
 
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.probe import main
-main(int(sys.argv[2]))
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _HUGE_POOLS = Path("/sys/kernel/mm/hugepages")
 
 
@@ -272,14 +266,7 @@ def try_everything(huge_page_size: int = 0, *, limit_s: float = LIMIT_S) -> list
     :return: one for each of :data:`PROBES`, in order
     :raise OSError: the process cannot be started
     """
-    command = [sys.executable, "-I", "-c", _PROGRAM, _ROOT, str(huge_page_size)]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # so that its subjects can be ended with it
-    )
+    process = child.start(partial(main, huge_page_size), stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout:
         outcomes = [Outcome(**json.loads(line)) for line in lines(process.stdout.fileno(), limit_s)]

@@ -15,13 +15,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Collection, Iterable
+from functools import partial
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker import child
 from tracker.abi import pagemap, unistd, userfaultfd
 from tracker.errors import NotTracking
+from tracker.subject import main
 from tracker.syscalls import pagemap_scan, uffd_api, uffd_register
 
 SOURCE = "uffd"
@@ -41,13 +44,6 @@ ANSWER_S = 3.0
 SHARED_PAGES = 1536
 HUGE_PAGES = 4
 
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.subject import main
-main(*map(int, sys.argv[2:]))
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NUMBERS = {"aarch64": unistd.AARCH64}
 _INT_BYTES = 4
 _MFD_HUGE_SHIFT = 26
@@ -102,17 +98,15 @@ class Subject:
         self.npages = npages or (HUGE_PAGES if page_size else SHARED_PAGES)
         self.uffd = -1
         numbers = _NUMBERS.get(os.uname().machine, unistd.X86_64)
-        arguments = (fd, self.npages + 1, self.page_size, numbers.userfaultfd)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                # -S leaves out site-packages with everything that its .pth files import
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, *map(str, arguments)],
+                self._process = child.start(
+                    partial(main, fd, self.npages + 1, self.page_size, numbers.userfaultfd),
+                    site=False,
+                    session=False,
                     stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(fd,),
+                    fds=(fd,),
                 )
         except BaseException:
             self._socket.close()

@@ -24,16 +24,17 @@ import mmap
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker import child
 from tracker.abi import pagemap, userfaultfd
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import NotTracking, RamError, SourceError
-from tracker.faultserver import words_of
+from tracker.faultserver import main, words_of
 from tracker.inject import acquire_userfaultfd
 from tracker.pagemap import entries
 from tracker.ram import RamBlock, open_file
@@ -55,13 +56,6 @@ _BASE_PAGE = os.sysconf("SC_PAGE_SIZE")
 _LOOK_PAGES = 1 << 18  # of page table entries at once: 2 MiB, of 1 GiB of memory
 _PROTECTED = np.uint64(pagemap.PM_UFFD_WP)
 
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from tracker.faultserver import main
-main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _START_S = 120.0  # an interpreter, and the kernels if nobody has compiled them yet
 
 
@@ -161,15 +155,12 @@ class UffdSync:
             self._taken = np.frombuffer(mmap.mmap(taken, nwords * 8), np.uint64)
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ranges = json.dumps(self._ranges.tolist())
-            arguments = (_ROOT, str(uffd), str(taken), ranges)
             with theirs:
-                self._server = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _PROGRAM, *arguments],
+                self._server = child.start(
+                    partial(main, uffd, taken, ranges),
                     stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    pass_fds=(uffd, taken),
-                    start_new_session=True,  # no Ctrl-C
+                    fds=(uffd, taken),
                 )
         finally:
             os.close(taken)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from tests.conftest import require
 from tests.live.tracked import Tracked, tmpfs, tracked
 from tests.tracker.targets import status, wait_until
-from tracker import frozen as room
 from tracker.errors import InjectionError, TargetGone
 from tracker.frozen import frozen
 
@@ -138,6 +138,6 @@ def test_a_kernel_thread_that_writes_for_the_process(child: Tracked, tmp_path: P
 
 
 def test_a_freezer_that_says_nothing(child: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_PROGRAM", "import sys; sys.exit('it broke')")
+    children.replace(monkeypatch, "tracker.freezer", "import sys; sys.exit('it broke')")
     with pytest.raises(InjectionError, match="it broke"), frozen(child.pid):
         pytest.fail("nobody stopped it")

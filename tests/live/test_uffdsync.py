@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from tests import children
 from tests.live.tracked import (
     HUGE,
     MADV_DONTNEED,
@@ -160,7 +161,7 @@ def wrong(uffd, messages, ranges, opened, taken, *pacing):
     {body}
 
 faultserver.take = wrong
-faultserver.main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+faultserver.main(*{arguments})
 """
 
 RIGHT = "return take(uffd, messages, ranges, opened, taken, *pacing)"
@@ -202,7 +203,7 @@ def test_a_server_that_is_replaced_loses_nothing_if_it_takes_rightly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # what the tests after this one rest on
-    monkeypatch.setattr(uffdsync, "_PROGRAM", TAKING.format(body=RIGHT))
+    children.replace(monkeypatch, "tracker.faultserver", TAKING.replace("{body}", RIGHT))
     assert not some_round_differs(10)
 
 
@@ -210,7 +211,7 @@ def test_a_server_that_is_replaced_loses_nothing_if_it_takes_rightly(
 def test_taking_bits_and_protecting_are_one_step(
     body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uffdsync, "_PROGRAM", TAKING.format(body=body))
+    children.replace(monkeypatch, "tracker.faultserver", TAKING.replace("{body}", body))
     assert some_round_differs(50), "nothing was lost: then this could not be noticed either"
 
 
@@ -494,7 +495,7 @@ def test_a_process_that_is_gone_is_not_clean() -> None:
 
 
 def test_a_server_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uffdsync, "_PROGRAM", "raise SystemExit('no')")
+    children.replace(monkeypatch, "tracker.faultserver", "raise SystemExit('no')")
     with tracked() as child:
         before = set(os.listdir("/proc/self/fd"))
         with pytest.raises(SourceError, match=r"nobody answers write faults.*: no$"):

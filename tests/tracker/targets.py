@@ -91,14 +91,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 
 def injectors(pid: int) -> list[int]:
     """Process ids of the injectors that are at work on ``pid``."""
-    found = []
+    found, target = [], f"({pid}, ".encode()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+                command = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            if b"-c" in words and str(pid).encode() in words[4:]:
+            if b"tracker.injector" in command and target in command:
                 found.append(int(entry))
     return found
 

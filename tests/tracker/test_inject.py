@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from tests.conftest import require
 from tests.tracker.targets import (
     Target,
@@ -31,7 +32,7 @@ from tests.tracker.targets import (
     status,
     wait_until,
 )
-from tracker import inject
+from tracker import child, inject
 from tracker.errors import InjectionError, TargetGone
 from tracker.inject import acquire_userfaultfd
 from tracker.injector import copy_userfaultfd
@@ -427,12 +428,16 @@ class TestSeccomp:
 
 class TestInjectorProcess:
     def test_that_crashes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(inject, "_PROGRAM", "raise RuntimeError('out of luck')")
+        children.replace(monkeypatch, "tracker.injector", "raise RuntimeError('out of luck')")
         with pytest.raises(InjectionError, match=r"(?s)ended with 1: .*out of luck"):
             acquire_userfaultfd(os.getpid())
 
     def test_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(inject, "_PROGRAM", "import time; time.sleep(60)")
+        children.replace(
+            monkeypatch,
+            "tracker.injector",
+            "import time; time.sleep(60)  # {arguments} of tracker.injector",
+        )
         monkeypatch.setattr(inject, "_GRACE_S", 0.2)
         with pytest.raises(InjectionError, match="is not done with the injection"):
             acquire_userfaultfd(os.getpid(), timeout_s=0.1)
@@ -470,7 +475,7 @@ class TestInjectorProcess:
             "import sys\nsys.path.append(sys.argv[1])\nimport tracker.injector\n"
             "print(*(m for m in ('numpy', 'numba', 'asyncio', 'subprocess') if m in sys.modules))"
         )
-        command = [sys.executable, "-I", "-S", "-c", program, inject._ROOT]
+        command = [sys.executable, "-I", "-S", "-c", program, child._ROOT]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == "\n"
 
@@ -495,7 +500,7 @@ def test_answer_to_a_caller_that_is_gone_is_dropped(start: Start) -> None:
         stdin=theirs.fileno(),
         capture_output=True,
         check=False,
-        cwd=inject._ROOT,
+        cwd=child._ROOT,
     )
     theirs.close()
     assert (done.returncode, done.stderr) == (0, b"")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from tests.live.test_doctor import marked
 from tests.tracker.targets import wait_until
 from tracker import matrix
@@ -108,7 +109,7 @@ for names in islice(_names(), 3):
 def test_experiments_that_were_not_come_to_are_errors(
     end: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matrix, "_PROGRAM", SOME + end)
+    children.replace(monkeypatch, "tracker.matrix", SOME + end)
     monkeypatch.setattr(matrix, "_STARTING_S", 10.0)
     found = list(run_matrix(0.1))
     assert len(found) == count()

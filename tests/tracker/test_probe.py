@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests import children
 from tests.conftest import require
 from tests.live.tracked import HUGE, hugetlbfs
 from tests.processes import is_running
@@ -373,7 +374,7 @@ THREE = "import json\nfrom itertools import islice\n" + (
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_PROGRAM", THREE + HANG)
+    children.replace(monkeypatch, "tracker.probe", THREE + HANG)
     outcomes = try_everything(limit_s=8.0)
     assert [outcome.right for outcome in outcomes] == [True] * 3 + [False] * (len(PROBES) - 3)
     assert outcomes[3].seen == "did not come to an end in time"
@@ -389,7 +390,7 @@ def test_what_a_probe_that_hangs_had_started_is_ended(
         "child = subprocess.Popen(['sleep', '99'])\n"
         f"open({str(pid)!r}, 'w').write(str(child.pid))\n"
     )
-    monkeypatch.setattr(probe, "_PROGRAM", start + HANG)
+    children.replace(monkeypatch, "tracker.probe", start + HANG)
     try_everything(limit_s=8.0)
     wait_until(lambda: not is_running(int(pid.read_text())))
 
@@ -399,7 +400,7 @@ def test_a_probe_that_cannot_be_ended_is_left(monkeypatch: pytest.MonkeyPatch) -
     kill = os.killpg
     left: list[int] = []
     monkeypatch.setattr(os, "killpg", lambda group, _: left.append(group))
-    monkeypatch.setattr(probe, "_PROGRAM", HANG)
+    children.replace(monkeypatch, "tracker.probe", HANG)
     try:
         outcomes = try_everything(limit_s=0.1)
     finally:
@@ -412,7 +413,7 @@ def test_a_probe_that_cannot_be_ended_is_left(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_prober_that_fails_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_PROGRAM", THREE + "sys.exit(3)")
+    children.replace(monkeypatch, "tracker.probe", THREE + "sys.exit(3)")
     outcomes = try_everything()
     assert [outcome.right for outcome in outcomes] == [True] * 3 + [False] * (len(PROBES) - 3)
     assert outcomes[3].seen == "the process that probed ended: 3"
