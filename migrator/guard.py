@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from migrator.errors import MigratorError, VmError
@@ -34,19 +35,11 @@ from migrator.harmless import say
 from migrator.qmp import Qmp, is_alive
 from migrator.rollback import Before, bring_back
 from migrator.settings import Settings, put_back
+from tracker import child
 
 _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 30.0
-
-# isolated: whoever migrates as root in somebody's directory must not import what lies there
-_PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])
-from migrator.guard import main
-sys.exit(main())
-"""
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass(frozen=True)
@@ -67,13 +60,7 @@ class Guard:
     """The orchestrator's end of the pipe."""
 
     def __init__(self, wards: Wards) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _PROGRAM, _ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            close_fds=True,
-        )
+        self._process = child.start(partial(main), stdin=subprocess.PIPE, stderr=None)
         self._say(json.dumps(asdict(wards)))
 
     def _say(self, line: str) -> None:
@@ -161,7 +148,7 @@ def _before(told: dict[str, Any]) -> Before:
 async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
     try:
         if step == "committed" and await _runs_there(wards, destination_pidfd):
-            await _put_back("source", wards.source, wards.before.settings)
+            await put_back_settings("source", wards.source, wards.before.settings)
             return "the destination runs"
         source = await Qmp.connect("source", wards.source, timeout_s=_PATIENCE_S)
         try:
@@ -172,18 +159,19 @@ async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
     finally:
         if destination_pidfd >= 0 and is_alive(destination_pidfd):
             settings = Settings(**wards.destination["settings"])
-            await _put_back("destination", wards.destination["qmp"], settings)
+            await put_back_settings("destination", wards.destination["qmp"], settings)
 
 
 async def _runs_there(wards: Wards, destination_pidfd: int) -> bool:
     if "qmp" in wards.destination:
-        return await _destination_runs(wards, destination_pidfd)
+        path, run = wards.destination["qmp"], wards.before.was_running
+        return await runs_in_the_end(path, destination_pidfd, run=run)
     from migrator.remote import outcome
 
     return await outcome(wards.destination, patience_s=_PATIENCE_S)
 
 
-async def _put_back(name: str, path: str, before: Settings) -> None:
+async def put_back_settings(name: str, path: str, before: Settings) -> None:
     """Put settings back; a QEMU that has ended, or is about to, does not need it."""
     try:
         qmp = await Qmp.connect(name, path, timeout_s=1.0)
@@ -195,18 +183,21 @@ async def _put_back(name: str, path: str, before: Settings) -> None:
         _log.info("not as it was before: %s", error)
 
 
-async def _destination_runs(wards: Wards, destination_pidfd: int) -> bool:
-    """Wait until the destination runs (true) or is known never to run (false).
+async def runs_in_the_end(path: str, pidfd: int, *, run: bool) -> bool:
+    """Wait until a destination runs (true) or is known never to run (false).
 
+    :param path: its QMP socket
+    :param pidfd: its process; -1: it has ended
+    :param run: whether its guest is to run, once all is loaded
     :raise MigratorError: it does neither
     """
     deadline = time.monotonic() + _PATIENCE_S
     problem: MigratorError | None = None
     while time.monotonic() < deadline:
-        if destination_pidfd < 0 or not is_alive(destination_pidfd):
+        if pidfd < 0 or not is_alive(pidfd):
             return False
         try:
-            destination = await Qmp.connect("destination", wards.destination["qmp"], timeout_s=1.0)
+            destination = await Qmp.connect("destination", path, timeout_s=1.0)
         except MigratorError as error:
             problem = error
             await asyncio.sleep(0.05)
@@ -214,7 +205,7 @@ async def _destination_runs(wards: Wards, destination_pidfd: int) -> bool:
         try:
             state = await destination.run_state()
             status = (await destination.migration()).get("status")
-            if state == "running" or (status == "completed" and not wards.before.was_running):
+            if state == "running" or (status == "completed" and not run):
                 return True
             if status == "completed":
                 await destination.execute("cont")

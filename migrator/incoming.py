@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrator.destination import LocalDestination
+from migrator.door import LINGER_S
 from migrator.errors import MigratorError, Unconfirmed
 from migrator.settle import in_thread, within
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.connection import Connection
 from migrator.transport.messages import State
+from migrator.witness import Witness
 
 _GO_S = 60.0
 _LOOK_S = 1.0
 _log = logging.getLogger(__name__)
-_LINGER_S = 600.0  # to tell a source that was lost at the wrong moment that the VM never ran
 
 _MOVES = {
     State.OPEN: (State.READY, State.NEVER),
@@ -69,6 +70,7 @@ class Incoming:
     :param reconnect_s: how long the source tries to reach us again
     :param silence_s: after which either side takes the other for lost
     :param finished: called when nobody has to be told anything any more
+    :param witness: what answers for it if this process is killed
     """
 
     def __init__(
@@ -83,7 +85,9 @@ class Incoming:
         destination: LocalDestination,
         say: Callable[[str], None],
         finished: Callable[[], None],
+        witness: Witness | None = None,
     ) -> None:
+        self._witness = witness
         self.token = token
         self.targets = targets
         self.silence_s = silence_s
@@ -157,8 +161,26 @@ class Incoming:
 
     # -- whether it runs ------------------------------------------------------------------------
 
+    def ready(self) -> None:
+        """All of it is here, but the end of QEMU's stream.
+
+        :raise MigratorError: the witness has ended
+        """
+        if self._witness is not None:
+            self._witness.ready()
+        self.enter(State.READY)
+
     async def go(self, *, run: bool, timeout_s: float = _GO_S) -> None:
-        """Give QEMU the end: from here on the VM may run. Never raises."""
+        """Give QEMU the end: from here on the VM may run. Never raises.
+
+        Without its witness, it never will: if this process is killed, no other could tell.
+        """
+        try:
+            if self._witness is not None:
+                self._witness.going(run=run)
+        except MigratorError as error:
+            await self.never(str(error))
+            return
         self.enter(State.GOING)
         started = time.monotonic()
         try:
@@ -174,6 +196,8 @@ class Incoming:
             self.reason = repr(error)
         else:
             self.enter(State.RUNNING)
+            if self._witness is not None:
+                self._witness.ran()
             self._after_s = max(0.0, resumed_at - started) if resumed_at is not None else None
             self._say("it runs")
         self.settled.set()
@@ -232,7 +256,7 @@ class Incoming:
             # it may have said go: be there to tell it that it was not heard
             await self.never("the source was lost before it said go")
             self._say("it never ran; staying to tell the source so, should it come back")
-            await asyncio.sleep(_LINGER_S)
+            await asyncio.sleep(LINGER_S)
         elif self.state is State.GOING:
             await self.settled.wait()
         if self.state in (State.RUNNING, State.UNKNOWN):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,21 +15,20 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from migrator.destination import LocalDestination
+from migrator.door import Door, refusal
 from migrator.errors import LinkError, LinkLost, MigratorError, WireError
 from migrator.incoming import Incoming, Outcome
-from migrator.settle import in_thread, within
+from migrator.settle import in_thread
 from migrator.side import blocks_of
 from migrator.space import Shortage, to_run
 from migrator.transport import wire
 from migrator.transport.arrivals import Arrivals, Target, reserve_at
 from migrator.transport.connection import Connection
 from migrator.transport.messages import Go, Greeting, Load, Open, Parting, Room, State, parse
+from migrator.witness import Opened, Witness
 from tracker.errors import TrackerError
 from tracker.ram import RamBlock
 
-_log = logging.getLogger(__name__)
-_GREETING_S = 10.0
-_PENDING = 64  # connections that have not said yet what they are for
 _STRANGERS = 64  # connections for messages on which nothing was opened
 PATIENCE_S = 300.0
 """The longest that a source may have its receiver wait for it."""
@@ -49,6 +47,7 @@ class Receiver:
     :param say: called with each step, for people
     :param patience_s: the longest that a source may have it wait
     :param ours: fingerprint of this host's own certificate
+    :param witness: what answers in its place if it is killed
     """
 
     def __init__(
@@ -60,7 +59,9 @@ class Receiver:
         *,
         patience_s: float = PATIENCE_S,
         ours: str | None = None,
+        witness: Witness | None = None,
     ) -> None:
+        self._witness = witness
         self._patience_s = patience_s
         self._ours = ours
         self._destination = destination
@@ -69,8 +70,6 @@ class Receiver:
         self._say = say
         self._migration: Incoming | None = None
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._pending: list[asyncio.Task[None]] = []
-        self._attending: set[asyncio.Task[None]] = set()
         self._strangers: list[Connection] = []
 
     # -- connections ----------------------------------------------------------------------------
@@ -80,16 +79,13 @@ class Receiver:
 
         :param listener: listening, not blocking
         """
-        accepting = asyncio.create_task(self._accept(listener))
         watching = asyncio.create_task(self._watch_qemu())
         try:
-            return await asyncio.shield(self._outcome)
+            async with Door(listener, self._context, self._peer, self._attend):
+                return await asyncio.shield(self._outcome)
         finally:
-            for task in (accepting, watching, *self._pending, *self._attending):
-                task.cancel()
-            await asyncio.gather(
-                *(accepting, watching, *self._pending, *self._attending), return_exceptions=True
-            )
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             if self._migration is not None:
                 self._migration.keep()
                 await in_thread(self._migration.close)
@@ -126,67 +122,14 @@ class Receiver:
         if self._migration is None and not self._outcome.done():
             self._outcome.set_result(Outcome("never", "its QEMU has ended"))
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors, for one
-                _log.warning("cannot accept a connection: %s", error)
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._pending) >= _PENDING:
-                self._pending.pop(0).cancel()
-            task = asyncio.create_task(self._greet(sock))
-            self._pending.append(task)
-            task.add_done_callback(self._greeted)
-
-    def _greeted(self, task: asyncio.Task[None]) -> None:
-        with contextlib.suppress(ValueError):
-            self._pending.remove(task)
-
-    async def _greet(self, sock: socket.socket) -> None:
-        """Find out what a connection is for. Whoever says nothing sensible is hung up on."""
-        connection: Connection | None = None
-        try:
-            connection = await Connection.accept(
-                sock, self._context, wanted=self._peer, timeout_s=_GREETING_S
-            )
-            said, _ = await within(_GREETING_S, connection.receive(limit=wire.GREETING_LIMIT))
-        except (MigratorError, OSError, asyncio.TimeoutError) as error:
-            _log.info("a connection came to nothing: %s", error)
-            (connection or sock).close()
-            return
-        except BaseException:
-            (connection or sock).close()
-            raise
-        task = asyncio.create_task(self._attend(connection, said))
-        self._attending.add(task)
-        task.add_done_callback(self._attending.discard)
-
-    async def _attend(self, connection: Connection, said: dict[str, Any]) -> None:
+    async def _attend(self, connection: Connection, said: Greeting) -> bool:
         purposes = {
             "migrate": self._attend_control,
             "resume": self._resume,
             "stream": self._attend_stream,
             "resolve": self._resolve,
         }
-        kept = False
-        try:
-            if str(said.get("purpose")) not in purposes:
-                await connection.send({"no": "wants something unknown"})
-                return
-            try:
-                greeting = parse(Greeting, said, connection.peer)
-            except WireError as error:
-                await connection.send({"no": error.reason})
-                return
-            kept = await purposes[greeting.purpose](connection, greeting)
-        except (MigratorError, OSError) as error:
-            _log.info("a connection ended: %s", error)
-        finally:
-            if not kept:
-                connection.close()
+        return await purposes[said.purpose](connection, said)
 
     def _mine(self, connection: Connection, said: Greeting) -> Incoming:
         """The migration that is meant.
@@ -341,16 +284,29 @@ class Receiver:
         if self._migration is not None:  # meanwhile
             _close_all(targets)
             raise LinkError("receiver", "another migration is being received here")
-        self._migration = Incoming(
+        if self._witness is not None:
+            try:
+                self._witness.opened(
+                    Opened(
+                        *(wanted_open.session, control.fingerprint, reconnect_s + silence_s),
+                        self._destination.ward()["settings"],
+                    )
+                )
+            except MigratorError:
+                _close_all(targets)
+                raise
+        migration = Incoming(
             *(wanted_open.session, targets, reconnect_s, silence_s),
             control=control,
             opened_by=control.fingerprint,
             destination=self._destination,
             say=self._say,
             finished=self._finish,
+            witness=self._witness,
         )
+        self._migration = migration
         self._is_known(control)
-        control.lose_after(self._migration.silence_s)
+        control.lose_after(migration.silence_s)
         self._say(f"a VM comes from {control.peer}")
         return {}
 
@@ -408,7 +364,7 @@ class Receiver:
         async with migration.attaching:
             await in_thread(migration.hang_up)  # nothing comes on them any more
             self._from(control, State.OPEN)
-            migration.enter(State.READY)
+            migration.ready()
         self._say("all of it is here; it runs when the source says so")
         return {}
 
@@ -469,14 +425,15 @@ class Receiver:
     async def _resolve(self, connection: Connection, said: Greeting) -> bool:
         """Tell what became of the migration; where nothing is decided yet, decide it."""
         migration, decide = self._migration, said.decide
-        if migration is None or said.session not in ("", migration.token):
-            await connection.send(
-                {"state": State.WAITING.value, "reason": "no such migration came here"}
-            )
-            return False
-        if decide and connection.fingerprint not in (migration.opened_by, self._ours):
-            why = "only the host that opened this migration may decide, or this one by its own keys"
-            await connection.send({"no": why})
+        if migration is None:
+            answer: dict[str, Any] | None = {
+                "state": State.WAITING.value,
+                "reason": "no such migration came here",
+            }
+        else:
+            answer = refusal(connection, said, migration.token, migration.opened_by, self._ours)
+        if migration is None or answer is not None:
+            await connection.send(answer or {})
             return False
         undecided = migration.state in (State.OPEN, State.READY)
         connected = undecided and not migration.waits
@@ -522,17 +479,3 @@ def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:
 def _close_all(targets: Sequence[Target]) -> None:
     for target in targets:
         target.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, not blocking.
-
-    :raise OSError: the address is not this host's, or the port is taken
-    """
-    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
-    with contextlib.suppress(OSError):
-        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0][0]
-    dual = family == socket.AF_INET6 and not host
-    listener = socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=dual)
-    listener.setblocking(False)
-    return listener

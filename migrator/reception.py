@@ -14,13 +14,15 @@ from typing import Any
 
 from migrator.accel import choose_accel
 from migrator.destination import LocalDestination
+from migrator.door import listen
 from migrator.errors import ConfigError, VmError
 from migrator.incoming import Outcome
 from migrator.qmp import Qmp
-from migrator.receiver import PATIENCE_S, Receiver, listen
+from migrator.receiver import PATIENCE_S, Receiver
 from migrator.settle import in_thread, settle
 from migrator.tls import load, parse_peer
 from migrator.vm import RunDirectory, Vm, fill_in
+from migrator.witness import Post, Witness
 from tracker.warm import warm_up
 
 _log = logging.getLogger(__name__)
@@ -105,10 +107,15 @@ async def receive(
         except OSError as error:
             raise VmError("destination", f"process {qmp.pid}: {error.strerror}") from error
         stack.push_async_callback(destination.close)
+        path = os.path.abspath(vm)
+        directory = os.path.dirname(path) if started is not None else None
+        witness = Witness(Post(path, qmp.pid, directory, keys, peer), listener)
+        stack.callback(witness.dismiss)
         receiver = Receiver(
             *(destination, context, peer, say),
             patience_s=patience_s,
             ours=credentials.fingerprint() if credentials is not None else None,
+            witness=witness,
         )
 
         def keep() -> None:
@@ -122,7 +129,7 @@ async def receive(
         interrupted.action = receiver.stop
         say(f"waiting for a VM at {_text(here[:2])}, to be run by process {qmp.pid}")
         outcome = await receiver.serve(listener)
-        return Received(outcome, qmp.pid, os.path.abspath(vm))
+        return Received(outcome, qmp.pid, path)
 
 
 async def _start(command: list[str], run_directory: RunDirectory, stack: AsyncExitStack) -> Vm:

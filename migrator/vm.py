@@ -44,8 +44,7 @@ class RunDirectory:
     def keep_for(self, pid: int) -> None:
         """Let it be, for a VM that goes on in this process."""
         self._kept = True
-        with contextlib.suppress(OSError):
-            (self._path / _KEPT).write_text(f"{pid} {_started(pid)}\n")
+        keep_directory(self._path, pid)
 
     def __exit__(
         self,
@@ -55,6 +54,12 @@ class RunDirectory:
     ) -> None:
         if not self._kept:
             shutil.rmtree(self._path, ignore_errors=True)
+
+
+def keep_directory(path: Path, pid: int) -> None:
+    """Mark a private directory as one that a VM needs, which goes on in this process."""
+    with contextlib.suppress(OSError):
+        (path / _KEPT).write_text(f"{pid} {_started(pid)}\n")
 
 
 def _started(pid: int) -> str:

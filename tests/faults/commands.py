@@ -233,6 +233,10 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
+WITNESS = "migrator.witness"
+"""What the command line of a receiver's witness has in it."""
+
+
 def processes_of(token: str) -> dict[int, str]:
     """The processes that a disturbed migration has started and that still run.
 

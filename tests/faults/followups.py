@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from migrator import Limits, MigratorError, Options, migrate
-from tests.faults.commands import Command
+from tests.faults.commands import WITNESS, Command, processes_of
 from tests.faults.monitors import CommandRefused, MonitorLost
 from tests.faults.scenes import Scene, Side
 
@@ -33,7 +33,7 @@ async def resolved(scene: Scene, *, ended: bool) -> str:
         return ""  # it was paused by a fault, or ran at the destination, and ended
     receiver = scene.receiver
     said = "gone"
-    if receiver is not None and receiver.exit_code is None:
+    if receiver is not None and (receiver.exit_code is None or _has_witness(scene)):
         problem, said = await _asked(scene, source, destination)
         if problem:
             return problem
@@ -46,6 +46,10 @@ async def resolved(scene: Scene, *, ended: bool) -> str:
         return await _decided(scene, "source", *scene.link())
     scene.destination.kill()
     return await _decided(scene, "source", "--destination-is-gone")
+
+
+def _has_witness(scene: Scene) -> bool:
+    return any(WITNESS in line for line in processes_of(scene.token).values())
 
 
 async def _resolve(scene: Scene, *options: str) -> tuple[int | None, dict[str, Any], str]:

@@ -162,8 +162,6 @@ def settings_as_before(seen: Seen) -> list[str]:
         return []
     found = []
     for name, side in (("source", seen.source), ("destination", seen.destination)):
-        if name == "destination" and _is(seen, Fault.RECEIVER_KILL):
-            continue
         if side.changed:
             found.append(f"{name}: {'; '.join(side.changed)}")
     return found

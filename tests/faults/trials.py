@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from tests.faults import followups
-from tests.faults.commands import Command, processes_of
+from tests.faults.commands import WITNESS, Command, processes_of
 from tests.faults.kinds import KILLS_COMMAND, RESETS, Fault
 from tests.faults.monitors import MonitorLost
 from tests.faults.observations import Seen, SideSeen
@@ -30,6 +31,7 @@ _UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait
 # it stays to tell the source that it never ran, or, while QEMU lives, that it runs
 _LINGERS = ("it never ran; staying", "the source does not know that it runs; staying")
 _ARRIVES = "a VM comes from"
+_WITNESS_STAYS = "staying to tell the source so"  # of a receiver that was killed
 
 
 async def run(plan: Plan, grounds: Grounds) -> Seen:
@@ -92,10 +94,11 @@ async def _settled(scene: Scene) -> None:
     while time.monotonic() < deadline:
         now = await _state_of_all(scene)
         changes = now != before or any(status in _UNDER_WAY for _, status in now[:2])
-        if changes and not _beyond_help(scene):
+        # a process that ends cannot be found any more a moment before it closes its descriptors
+        if _helpers(scene) or (changes and not _beyond_help(scene)):
             quiet_since = time.monotonic()
         before = now
-        if time.monotonic() - quiet_since > _QUIET_S and not _helpers(scene):
+        if time.monotonic() - quiet_since > _QUIET_S:
             return
         await asyncio.sleep(0.05)
 
@@ -121,13 +124,17 @@ def _helpers(scene: Scene) -> dict[int, str]:
     left = processes_of(scene.token)
     left.pop(scene.destination.pid, None)
     receiver = scene.receiver
-    if receiver is not None and receiver.exit_code is None and _may_stay(receiver):
-        left.pop(receiver.pid, None)
+    if receiver is not None and _may_stay(receiver):
+        for pid, line in list(left.items()):
+            if pid == receiver.pid or WITNESS in line:
+                del left[pid]
     return left
 
 
 def _may_stay(receiver: Command) -> bool:
     said = receiver.stderr.text
+    if receiver.exit_code is not None:
+        return receiver.exit_code == -signal.SIGKILL and _WITNESS_STAYS in said
     return any(words in said for words in _LINGERS) or _ARRIVES not in said
 
 
@@ -211,7 +218,7 @@ def _files(scene: Scene, *, moved: bool) -> list[str]:
             paths = (scene.directory / name).rglob("*")
             found += [f"file {path}" for path in paths if path.is_file() or path.is_socket()]
     receiver = scene.receiver
-    if receiver is None or receiver.exit_code is None or moved or fault is Fault.RECEIVER_KILL:
+    if receiver is None or receiver.exit_code is None or moved:
         return found
     if scene.destination.is_alive:
         found.append("the QEMU that the receiver started")

@@ -163,15 +163,20 @@ class Road:
         await self.vm.start([*command, *_second_monitor(self.vm.console)], incoming=False)
         await Pair.beats(self.vm, 3)
 
-    def prepare(self, *options: str, insecure: bool = True) -> None:
-        """Let a receiver start, for :meth:`next_receiver`."""
+    def prepare(
+        self, *options: str, insecure: bool = True, program: Sequence[str] = (MIGRATOR,)
+    ) -> None:
+        """Let a receiver start, for :meth:`next_receiver`.
+
+        :param program: what is run instead of the command
+        """
         self._count += 1
         directory = self.directory / str(self._count)
         directory.mkdir()
         console = directory / "console"
         process = self.hosts.b.run(
             [
-                *[MIGRATOR, "receive", "--listen", f"{self.hosts.b.address}:0", "--json"],
+                *[*program, "receive", "--listen", f"{self.hosts.b.address}:0", "--json"],
                 *["--insecure"] * insecure,
                 *options,
                 "--",

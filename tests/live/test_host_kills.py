@@ -142,25 +142,14 @@ def _receiver_killed(phase: Phase) -> Case:
     async def body(road: Road) -> None:
         receiver = await road.next_receiver()
         with expecting(MigratorError) as ended:
-            await road.send(
-                once(phase, _kill(lambda: receiver.process.pid)), reconnect_s=RECONNECT_S
-            )
+            # long enough for its witness to answer, also on a busy machine
+            await road.send(once(phase, _kill(lambda: receiver.process.pid)), reconnect_s=20.0)
         if phase is Phase.FINISH:
             assert not ended, ended
             assert await road.one_runs() == "destination"
             return
-        assert isinstance(ended[0], Undecided) == (phase is Phase.RESUME)
-        await comes_to(road.destination, "gone", "inmigrate")  # and cannot run
-        if phase is Phase.RESUME:
-            assert await state(road.vm) in COMPLETE
-            # nobody is there who could be told: only an operator can see that it is gone
-            found = await resolve(road.vm.qmp, road.link(), None)
-            assert (found.destination, found.exit_code) == (None, 4)
-            with pytest.raises(MigratorError):
-                await resolve(road.vm.qmp, road.link(), "source")
-            assert await state(road.vm) in COMPLETE
-            await road.destination.stop()
-            await resolve(road.vm.qmp, None, "source", gone=True)
+        assert not isinstance(ended[0], Undecided), ended
+        await comes_to(road.destination, "gone")
         assert await road.one_runs() == "source"
 
     return Case(phase.value, body)

@@ -11,8 +11,9 @@ import pytest
 
 from migrator import MigratorError, migrate
 from migrator.destination import LocalDestination
+from migrator.door import listen
 from migrator.qmp import Qmp
-from migrator.receiver import Receiver, listen
+from migrator.receiver import Receiver
 from migrator.transport.session import Link
 from tests.live.moving import VERIFIED, check_still_at_source
 from tests.live.test_neighbours import SMALL

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from migrator.destination import LocalDestination
+from migrator.door import listen
 from migrator.errors import MigratorError
 from migrator.incoming import Outcome
 from migrator.qmp import MemoryBackend
-from migrator.receiver import Receiver, listen
+from migrator.receiver import Receiver
 from migrator.settle import within
 from migrator.tls import load
 from migrator.transport.session import Link, Session

@@ -23,10 +23,11 @@ import zstandard
 
 from migrator import receiver as receiver_module
 from migrator.destination import LocalDestination
+from migrator.door import listen
 from migrator.errors import LinkError
 from migrator.incoming import Outcome
 from migrator.qmp import Qmp
-from migrator.receiver import Receiver, listen
+from migrator.receiver import Receiver
 from migrator.transport import wire
 from migrator.transport.wire import CONTENT_LIMIT, DIGESTS_LIMIT, Frame, Kind, Packing
 from tests.migrator.strangers import Stranger, ask
@@ -235,7 +236,7 @@ def test_something_unknown_is_hung_up_on(shm: Path) -> None:
     async def body() -> None:
         async with place(shm) as here:
             for greeting in ({"purpose": "conquer"}, {}, {"purpose": ["migrate"]}):
-                assert await ask(here.port, greeting) == {"no": "wants something unknown"}
+                assert "purpose" in (await ask(here.port, greeting))["no"]
             source = await here.source()
             source.write({"do": ["open"]})
             assert await source.rest() == b""
