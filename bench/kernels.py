@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.kernelwork import Case, Work, work
+from migrator.warm import warm_up
 from tracker.kernels import kernel
-from tracker.warm import warm_up
 
 Words = NDArray[np.uint64]
 _LEAST_S = 0.02  # a sample is repeated until it takes so long

@@ -18,11 +18,11 @@ from migrator.bitmaps import Bitmaps, any_of, no_pages
 from migrator.decisions import Policy
 from migrator.errors import Aborted
 from migrator.phases import Phase
-from migrator.preflight import Plan
+from migrator.plan import Plan
+from migrator.readings import Collected
 from migrator.report import Report
 from migrator.rounds import Rounds
 from migrator.slowing import Slowing
-from migrator.sources import Collected
 from migrator.throttling import Throttling
 from migrator.transport import Sent
 from tracker.bitmap import DirtyBitmap

@@ -13,14 +13,14 @@ from typing import Any
 from bench.content import PAGE, Shape, fresh
 from bench.loops import Took
 from migrator.tls import load
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.connection import Connection
 from migrator.transport.session import Link, Session
 from migrator.transport.stream import StreamCopy
+from migrator.warm import warm_up
 from tracker.bitmap import DirtyBitmap
 from tracker.ram import RamBlock
-from tracker.warm import warm_up
 
 _NAME = "ram"
 
@@ -97,7 +97,7 @@ async def _receive(
     asked = ""
     while asked != "bye":
         # nothing is reserved: the allocation of pages is a part of the time that is measured
-        said, _ = await control.receive(blob=wire.STATE_LIMIT)
+        said, _ = await control.receive(blob=envelope.STATE_LIMIT)
         asked = said["do"]
         await control.send({})
         if asked == "open":

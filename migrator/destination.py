@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from migrator.devicestate import Outgoing
 from migrator.errors import MigratorError, Unconfirmed, VmError
-from migrator.preflight import Plan
+from migrator.plan import Plan
 from migrator.qmp import Event, Qmp, is_alive
 from migrator.settings import DESTINATION_CAPABILITIES, Settings, put_back, read_settings
 from migrator.settle import settle

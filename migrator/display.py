@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from migrator import facts
-from migrator.findings import Finding
+from migrator.errors import Finding
 from migrator.harmless import harmless
 from migrator.phases import DOWNTIME
 from migrator.report import Progress, Report

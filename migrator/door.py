@@ -16,7 +16,7 @@ from typing import Any
 
 from migrator.errors import MigratorError, WireError
 from migrator.settle import within
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.transport.connection import Connection
 from migrator.transport.messages import Greeting, State, parse
 
@@ -94,7 +94,7 @@ class Door:
             connection = await Connection.accept(
                 sock, self._context, wanted=self._peer, timeout_s=_GREETING_S
             )
-            said, _ = await within(_GREETING_S, connection.receive(limit=wire.GREETING_LIMIT))
+            said, _ = await within(_GREETING_S, connection.receive(limit=envelope.GREETING_LIMIT))
         except (MigratorError, OSError, asyncio.TimeoutError) as error:
             _log.info("a connection came to nothing: %s", error)
             (connection or sock).close()

@@ -33,12 +33,26 @@ migration as they are; they become the cause of a :class:`Failed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from migrator.findings import Finding
     from migrator.report import Report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A reason not to migrate.
+
+    :ivar check: short name of the check
+    :ivar problem: what was found
+    :ivar mend: what to do about it
+    """
+
+    check: str
+    problem: str
+    mend: str
 
 
 class MigratorError(Exception):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from migrator.errors import Finding
 from migrator.qmp import MemoryBackend
 from tracker.ram import GuestRange, RamBlock
 
@@ -19,20 +19,6 @@ _OUTSIDE_NETWORK = re.compile(r"^[ \\]*([^:]+): .*\btype=(vhost-user|vhost-vdpa)
 _BLOCK_LINE = re.compile(r"^ *(\S.*?) +\d+ \w+ +0x[0-9a-f]+ +0x([0-9a-f]+) +0x", re.MULTILINE)
 _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu", "smmuv3", "arm-smmuv3")
 _SMALL = 1 << 20  # below it, firmware decides at run time what the guest sees as RAM
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A reason not to migrate.
-
-    :ivar check: short name of the check
-    :ivar problem: what was found
-    :ivar mend: what to do about it
-    """
-
-    check: str
-    problem: str
-    mend: str
 
 
 # -- devices ------------------------------------------------------------------------------------

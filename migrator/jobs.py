@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from migrator.findings import Finding
+from migrator.errors import Finding
 from migrator.qmp import Qmp
 
 _HARMLESS = ("concluded", "null")  # QAPI: JobStatus

@@ -179,7 +179,7 @@ class Migration:
         try:
             plan = await preflight(
                 self._source,
-                self._destination,
+                await self._destination.look(),
                 memory_only=self._options.memory_only,
                 tracker=self._options.tracker,
                 throttles=self._options.throttle_percent > 0,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from migrator.errors import NoSpace, Refused
+from migrator.errors import Finding, NoSpace, Refused
 from migrator.exposure import exposure_warnings
 from migrator.findings import (
-    Finding,
     backend_findings,
     geometry_findings,
     layout_findings,
@@ -20,7 +17,8 @@ from migrator.findings import (
     vfio_devices,
 )
 from migrator.jobs import job_findings
-from migrator.qmp import MemoryBackend, Qmp
+from migrator.plan import Plan
+from migrator.qmp import Qmp
 from migrator.settle import in_thread
 from migrator.side import (
     Side,
@@ -32,70 +30,23 @@ from migrator.side import (
     process_findings,
     room_at,
 )
-from migrator.sources import Tracking
 from migrator.space import Room, growth_bytes, margins, to_hold, to_run
+from migrator.strategies import choose_tracker
 from migrator.transport.reservation import no_space_to_hold, no_space_to_run
 from tracker.answering import check_answering
 from tracker.dma import dma_sources
 from tracker.errors import NotTracking, TrackerError
-from tracker.probe import check_tracking
 from tracker.ram import GuestRange, RamBlock, parse_flat_view
 from tracker.source import DirtySource
 from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
 from tracker.vfio import VfioType1
-
-if TYPE_CHECKING:
-    from migrator.destination import Destination
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What preflight found out, for the migration to go by.
-
-    :ivar source: the source's RAM blocks, by name
-    :ivar destination: the destination's, in the same order
-    :ivar was_running: whether the guest ran; one that was paused stays paused
-    :ivar other_ram_bytes: RAM that QEMU sends itself: ROMs, video memory
-    :ivar backends: the source's memory backends, to be compared again later
-    :ivar guest_ranges: where the source's guest sees its RAM
-    :ivar direct_io: whether a disk of the source is read past the page cache, into pages that were
-        marked as written before
-    :ivar stop_first: whether the guest has to be stopped, and the devices' dirty bits read, before
-        QEMU's own migration is started
-    :ivar unstoppable_devices: whether a device may go on writing while the guest stands
-    :ivar tracker: which source of CPU writes is used: its name
-    :ivar warnings: sentences about both sides for people; none is a reason not to migrate
-    """
-
-    source: tuple[RamBlock, ...]
-    destination: tuple[RamBlock, ...]
-    was_running: bool
-    other_ram_bytes: int
-    backends: tuple[MemoryBackend, ...]
-    guest_ranges: tuple[GuestRange, ...] = ()
-    direct_io: bool = False
-    stop_first: bool = False
-    unstoppable_devices: bool = False
-    tracker: str = "uffd"
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def guest_bytes(self) -> int:
-        """Size of the guest's RAM."""
-        return sum(block.size for block in self.source)
-
-    @property
-    def tracking(self) -> Tracking:
-        """What is tracked of the source."""
-        return Tracking(self.source, self.backends, self.guest_ranges, self.tracker, self.direct_io)
-
-
 async def preflight(
     source: Qmp,
-    destination: Destination,
+    side: Side,
     *,
     memory_only: bool = False,
     tracker: str = "auto",
@@ -103,13 +54,13 @@ async def preflight(
 ) -> Plan:
     """Look at both sides.
 
+    :param side: the destination
     :param tracker: name of the source of CPU writes; ``auto`` takes the best that works
     :param throttles: whether writers may be slowed
     :param memory_only: only RAM is to be moved: what QEMU cannot migrate is no reason not to
     :raise Refused: with everything that was found, not only the first
     :raise VmError: a QEMU does not answer
     """
-    side = await destination.look()
     if side.pid == source.pid:
         raise Refused(
             [Finding("two VMs", "source and destination are the same QEMU", "give two sockets")]
@@ -179,33 +130,6 @@ async def preflight(
 
 
 # -- the kernel, and the source ----------------------------------------------------------------
-
-
-_TRACKERS = {UffdAsync.name: check_tracking, UffdSync.name: check_answering}
-
-
-def choose_tracker(wanted: str) -> tuple[str, list[Finding]]:
-    """Find the first source of CPU writes that works, or why none does.
-
-    :param wanted: its name, or ``auto``
-    """
-    findings = []
-    for name, check in _TRACKERS.items():
-        if wanted not in (name, "auto"):
-            continue
-        try:
-            check()
-        except NotTracking as error:
-            findings.append(
-                Finding(
-                    "kernel",
-                    f"it does not track writes as it has to ({name}): {error.reason}",
-                    "migrator doctor tells more; a kernel that behaves is needed (6.7 or newer)",
-                )
-            )
-        else:
-            return name, []
-    return "", findings
 
 
 def _throttle_findings() -> list[Finding]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
+from migrator.deposition import Opened
 from migrator.destination import LocalDestination
 from migrator.door import Door, refusal
 from migrator.errors import LinkError, LinkLost, MigratorError, WireError
@@ -21,11 +22,11 @@ from migrator.incoming import Incoming, Outcome
 from migrator.settle import in_thread
 from migrator.side import blocks_of
 from migrator.space import Shortage, to_run
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.transport.arrivals import Arrivals, Target, reserve_at
 from migrator.transport.connection import Connection
 from migrator.transport.messages import Go, Greeting, Load, Open, Parting, Room, State, parse
-from migrator.witness import Opened, Witness
+from migrator.witness import Witness
 from tracker.errors import TrackerError
 from tracker.ram import RamBlock
 
@@ -216,7 +217,7 @@ class Receiver:
         """
         migration = self._migration if self._controls(connection) else None
         patience_s = self._patience_s if migration is not None else _IDLE_S
-        blob = wire.STATE_LIMIT if migration is not None else 0
+        blob = envelope.STATE_LIMIT if migration is not None else 0
         receiving = asyncio.ensure_future(connection.receive(blob=blob))
         try:
             while True:

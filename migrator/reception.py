@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator.accel import choose_accel
+from migrator.deposition import Post
 from migrator.destination import LocalDestination
 from migrator.door import listen
 from migrator.errors import ConfigError, VmError
@@ -22,8 +23,8 @@ from migrator.receiver import PATIENCE_S, Receiver
 from migrator.settle import in_thread, settle
 from migrator.tls import load, parse_peer
 from migrator.vm import RunDirectory, Vm, fill_in
-from migrator.witness import Post, Witness
-from tracker.warm import warm_up
+from migrator.warm import warm_up
+from migrator.witness import Witness
 
 _log = logging.getLogger(__name__)
 

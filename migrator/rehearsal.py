@@ -13,7 +13,7 @@ from migrator.budget import Budget
 from migrator.errors import VmError
 from migrator.guard import Guard
 from migrator.phases import Phase, Phases
-from migrator.preflight import Plan
+from migrator.plan import Plan
 from migrator.qmp import Qmp
 from migrator.standing import Standing
 from migrator.switchover import HandedOver, check_goes_on, stop_guest

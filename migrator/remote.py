@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from migrator.errors import LinkError, LinkLost, Unconfirmed, VmError
-from migrator.preflight import Plan
+from migrator.plan import Plan
 from migrator.settle import settle, within
 from migrator.side import Side
 from migrator.transport import Transport

@@ -14,13 +14,13 @@ from migrator.deferral import Heat, room
 from migrator.downtime import predict
 from migrator.errors import Aborted, Failed, LinkError
 from migrator.phases import DOWNTIME, Phase
+from migrator.plan import Plan
 from migrator.policy import Decision, Hot, Observation, Verdict
-from migrator.preflight import Plan
+from migrator.readings import Collected, Readings
 from migrator.report import Round
 from migrator.settle import in_thread
 from migrator.skipping import Sampled
 from migrator.slowing import Slowing
-from migrator.sources import Collected, Readings
 from migrator.throttling import slowed_alike
 from migrator.transport import Sender
 from tracker.bitmap import DirtyBitmap

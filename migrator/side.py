@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from migrator.errors import Refused, VmError
+from migrator.errors import Finding, Refused, VmError
 from migrator.exposure import exposure_warnings
 from migrator.findings import (
-    Finding,
     backend_findings,
     device_findings,
     disk_findings,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from migrator.account import Account
 from migrator.bitmaps import Bitmaps
 from migrator.policy import Decision, Limits, Observation, Verdict
+from migrator.readings import Readings
 from migrator.settle import in_thread
-from migrator.sources import Readings
 from migrator.throttling import EASED_MS, LONGEST_MS, Throttling
 from tracker.errors import TrackerError
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from migrator.findings import Finding
-from migrator.preflight import choose_tracker
+from migrator.errors import Finding
+from tracker.answering import check_answering
 from tracker.coarse import Compared
 from tracker.contenthash import ContentHash
+from tracker.errors import NotTracking
 from tracker.pagemap import soft_dirty_missing
+from tracker.probe import check_tracking
 from tracker.ram import RamBlock
 from tracker.softdirty import SoftDirty
 from tracker.source import DirtySource
@@ -24,6 +26,33 @@ _READING = {
     COARSE: "coarse reads all memory that holds data once, then the chunks of it that are written; "
     "a write that leaves a page as it was is none",
 }
+
+
+_TRACKERS = {UffdAsync.name: check_tracking, UffdSync.name: check_answering}
+
+
+def choose_tracker(wanted: str) -> tuple[str, list[Finding]]:
+    """Find the first source of CPU writes that works, or why none does.
+
+    :param wanted: its name, or ``auto``
+    """
+    findings = []
+    for name, check in _TRACKERS.items():
+        if wanted not in (name, "auto"):
+            continue
+        try:
+            check()
+        except NotTracking as error:
+            findings.append(
+                Finding(
+                    "kernel",
+                    f"it does not track writes as it has to ({name}): {error.reason}",
+                    "migrator doctor tells more; a kernel that behaves is needed (6.7 or newer)",
+                )
+            )
+        else:
+            return name, []
+    return "", findings
 
 
 def choose_strategy(

@@ -42,7 +42,7 @@ from migrator.errors import (
 from migrator.guard import Guard
 from migrator.jobs import job_findings
 from migrator.phases import Phase, Phases
-from migrator.preflight import Plan
+from migrator.plan import Plan
 from migrator.qmp import Event, Qmp, is_alive
 from migrator.settings import SOURCE_CAPABILITIES, SOURCE_PARAMETERS
 from migrator.settle import in_thread, settle, within

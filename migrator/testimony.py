@@ -11,6 +11,7 @@ import signal
 import socket
 from pathlib import Path
 
+from migrator.deposition import Opened, Post, Seen
 from migrator.door import LINGER_S, Door, refusal
 from migrator.errors import MigratorError
 from migrator.guard import put_back_settings, runs_in_the_end
@@ -22,7 +23,6 @@ from migrator.tls import load
 from migrator.transport.connection import Connection
 from migrator.transport.messages import Greeting, State
 from migrator.vm import keep_directory
-from migrator.witness import Opened, Post, Seen
 
 _LOOK_S = 1.0
 _END_S = 10.0

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from migrator.errors import QmpUnreachable, Refused, SourceUnreachable, VmError
-from migrator.findings import Finding
+from migrator.errors import Finding, QmpUnreachable, Refused, SourceUnreachable, VmError
 from migrator.qmp import MemoryBackend, Qmp, is_alive
+from migrator.readings import Tracking
 from migrator.settle import in_thread, settle
 from migrator.side import guest_findings, mapper_findings, process_findings
-from migrator.sources import Sources, Tracking
+from migrator.sources import Sources
 from migrator.strategies import choose_strategy, cpu_source
 from tracker.address import find_block_at
 from tracker.errors import RamError, TrackerError

@@ -18,9 +18,10 @@ from migrator.bitmaps import count
 from migrator.forecast import Curve, forecast
 from migrator.policy import Limits, SendAll
 from migrator.qmp import Qmp
+from migrator.readings import Collected, Tracking
 from migrator.settle import in_thread
 from migrator.sight import WINDOWS_S, Sight, Watched
-from migrator.sources import Collected, Sources, Tracking
+from migrator.sources import Sources
 from migrator.trackable import tracked
 from tracker.bitmap import DirtyBitmap
 from tracker.heat import History

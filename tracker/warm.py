@@ -6,9 +6,9 @@ compiled on disk, from where it is loaded in less than one.
 
 from __future__ import annotations
 
-from tracker import frames, heat, history, kernels, pagehash, pages, regions, rescale, union
+from tracker import heat, history, kernels, pagehash, pages, regions, rescale, union
 
-ROOMS = (kernels, union, rescale, pages, frames, history, heat, regions, pagehash)
+ROOMS = (kernels, union, rescale, pages, history, heat, regions, pagehash)
 """All that have kernels, but :mod:`tracker.faults` and what it uses, in a process of its own."""
 
 

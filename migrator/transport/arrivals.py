@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 
 from migrator.errors import LinkError, LinkLost, NoSpace, WireError
 from migrator.space import Shortage, to_hold
-from migrator.transport import wire
+from migrator.transport import frames
+from migrator.transport import runs as run_loops
 from migrator.transport.connection import hang_up
+from migrator.transport.frames import CHUNK_UNITS, Frame, Kind, Packing
 from migrator.transport.reservation import Reservation, no_space_to_hold, reserve_all
-from migrator.transport.wire import CHUNK_UNITS, Frame, Kind, Packing
-from tracker import frames, kernels, pagehash, rescale
+from migrator.transport.runs import RUNS_PER_FRAME, UNIT, Runs
+from tracker import kernels, pagehash, rescale
 from tracker.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
 from tracker.extents import data_pages
-from tracker.frames import RUNS_PER_FRAME, UNIT, Runs
 from tracker.ram import RamBlock, open_file
 from tracker.syscalls import fault_in
 
@@ -87,16 +88,16 @@ class Target:
         block = self._block
         with self._lock:
             present = self._present.words
-            error = frames.clear(
+            error = run_loops.clear(
                 runs, self._memory, self._to_write, self._fd, block.page_size, present
             )
             if not error and len(content):
-                error = frames.put(
+                error = run_loops.put(
                     content, runs, self._to_write, self._fd, block.page_size, present
                 )
                 if block.is_hugetlb:
                     units = np.zeros((self.nunits + 63) // 64, np.uint64)
-                    frames.mark(runs, units)
+                    run_loops.mark(runs, units)
                     rescale.spread(
                         *(units, 0, self.nunits, UNIT, self._filled.words, block.page_size, 0)
                     )
@@ -118,7 +119,7 @@ class Target:
             self._filled.clear()
 
     def digests(self, kind: Kind, runs: Runs, seed: int) -> NDArray[np.uint64]:
-        """Digests of what is there, as :class:`migrator.transport.wire.Kind` has them."""
+        """Digests of what is there, as :class:`migrator.transport.frames.Kind` has them."""
         first = int(runs[0, 0]) & ~63
         last = int(runs[-1, 0] + (runs[-1, 1] >> np.uint64(1)))
         nunits = min((last + 63) & ~63, self.nunits) - first
@@ -127,7 +128,7 @@ class Target:
         selected = np.zeros((nunits + 63) // 64, np.uint64)
         shifted = runs.copy()
         shifted[:, 0] -= np.uint64(first)
-        frames.mark(shifted, selected)
+        run_loops.mark(shifted, selected)
         found = np.empty(int(kernels.popcount(selected)), np.uint64)
         pagehash.selected_digests(memory, UNIT, selected, held, seed, found, 0, len(selected))
         if kind is Kind.CHUNKS:
@@ -209,12 +210,12 @@ class Arrivals(threading.Thread):
         self.round, self.frames = self._began_at
         self.bytes = 0
         self._spoilt = spoilt
-        self._head = bytearray(wire.FRAME_SIZE)
-        self._runs = bytearray(RUNS_PER_FRAME * wire.RUN_SIZE)
-        self._content = np.empty(wire.CONTENT_LIMIT, np.uint8)
+        self._head = bytearray(frames.FRAME_SIZE)
+        self._runs = bytearray(RUNS_PER_FRAME * frames.RUN_SIZE)
+        self._content = np.empty(frames.CONTENT_LIMIT, np.uint8)
         self._packed = bytearray()
         # a frame may ask for a window of 128 MiB otherwise, however short it is
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=wire.CONTENT_LIMIT)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=frames.CONTENT_LIMIT)
 
     @property
     def has_begun(self) -> bool:
@@ -242,7 +243,7 @@ class Arrivals(threading.Thread):
         head = memoryview(self._head)
         if not self._read(head, may_end=True):
             return False
-        frame = wire.parse_frame(head, len(self._targets), self._peer)
+        frame = frames.parse_frame(head, len(self._targets), self._peer)
         if frame.kind is Kind.ROUND:
             for target in self._targets:
                 target.end_round()
@@ -250,17 +251,17 @@ class Arrivals(threading.Thread):
             self._write(head)
             return True
         target = self._targets[frame.block]
-        table = memoryview(self._runs)[: frame.count * wire.RUN_SIZE]
+        table = memoryview(self._runs)[: frame.count * frames.RUN_SIZE]
         self._read(table)
-        runs, units = wire.parse_runs(table, target.nunits, self._peer)
+        runs, units = frames.parse_runs(table, target.nunits, self._peer)
         if frame.kind is Kind.PAGES:
-            wire.check_content(frame, units, self._peer)
+            frames.check_content(frame, units, self._peer)
             target.put(self._receive_content(frame, units), runs)
             self.frames += 1
-            self.bytes += wire.FRAME_SIZE + len(table) + frame.size
+            self.bytes += frames.FRAME_SIZE + len(table) + frame.size
             return True
-        wire.digests_wanted(frame, runs, self._peer)
-        seed = bytearray(wire.SEED_SIZE)
+        frames.digests_wanted(frame, runs, self._peer)
+        seed = bytearray(frames.SEED_SIZE)
         self._read(memoryview(seed))
         digests = target.digests(frame.kind, runs, int.from_bytes(seed, "little"))
         self._write(digests.data.cast("B"))

@@ -19,7 +19,7 @@ from migrator.errors import LinkError, LinkLost
 from migrator.keys import fingerprint
 from migrator.settle import within
 from migrator.tls import check_peer
-from migrator.transport import wire
+from migrator.transport import envelope
 
 _T = TypeVar("_T")
 SILENCE_S = 10.0
@@ -138,8 +138,8 @@ class Connection:
             check_peer(tls, wanted)
             self.fingerprint = fingerprint(tls.getpeercert(binary_form=True) or b"")
         try:
-            await self.write(wire.opening())
-            opening = await self.read(wire.OPENING_SIZE)
+            await self.write(envelope.opening())
+            opening = await self.read(envelope.OPENING_SIZE)
         except LinkLost as error:
             if not secured:
                 raise
@@ -147,7 +147,7 @@ class Connection:
             raise LinkLost(
                 self.peer, f"{error.reason} before it said anything: its log has more"
             ) from error
-        wire.check_opening(opening, self.peer)
+        envelope.check_opening(opening, self.peer)
 
     # -- bytes ----------------------------------------------------------------------------------
 
@@ -215,11 +215,11 @@ class Connection:
 
         :raise LinkLost: the connection broke
         """
-        await self.write(wire.message(said, len(blob)))
+        await self.write(envelope.message(said, len(blob)))
         await self.write(blob)
 
     async def receive(
-        self, *, limit: int = wire.MESSAGE_LIMIT, blob: int = 0
+        self, *, limit: int = envelope.MESSAGE_LIMIT, blob: int = 0
     ) -> tuple[dict[str, Any], bytes]:
         """Receive a message.
 
@@ -227,10 +227,10 @@ class Connection:
         :raise LinkLost: the connection broke
         :raise WireError: beyond the limits, or no JSON
         """
-        sizes = wire.message_sizes(
-            await self.read(wire.MESSAGE_SIZE), self.peer, limit=limit, blob=blob
+        sizes = envelope.message_sizes(
+            await self.read(envelope.MESSAGE_SIZE), self.peer, limit=limit, blob=blob
         )
-        said = wire.parse_message(await self.read(sizes[0]), self.peer)
+        said = envelope.parse_message(await self.read(sizes[0]), self.peer)
         return said, bytes(await self.read(sizes[1]))
 
     def lose_after(self, silence_s: float) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from migrator.errors import WireError
-from migrator.transport import wire
+from migrator.transport import envelope
 
 _M = TypeVar("_M", bound="Message")
 _MOST = (1 << 62) - 1
@@ -124,9 +124,9 @@ class RangeSaid(Message):
 class SideSaid(Message):
     """See :class:`migrator.side.Side`: complete, unless findings say why not."""
 
-    findings: Annotated[list[FindingSaid], Field(max_length=wire.BLOCKS_LIMIT)]
-    blocks: Annotated[list[BlockSaid], Field(max_length=wire.BLOCKS_LIMIT)] = []
-    rooms: Annotated[dict[Name, RoomSaid], Field(max_length=wire.BLOCKS_LIMIT)] | None = None
+    findings: Annotated[list[FindingSaid], Field(max_length=envelope.BLOCKS_LIMIT)]
+    blocks: Annotated[list[BlockSaid], Field(max_length=envelope.BLOCKS_LIMIT)] = []
+    rooms: Annotated[dict[Name, RoomSaid], Field(max_length=envelope.BLOCKS_LIMIT)] | None = None
     machine: Annotated[dict[Name, Text], Field(max_length=64)] | None = None
     guest_ranges: Annotated[list[RangeSaid], Field(max_length=1 << 16)] = []
     mappers: Annotated[list[FindingSaid], Field(max_length=1 << 16)] = []
@@ -165,7 +165,7 @@ class Greeting(Message):
 
     purpose: Literal["migrate", "resume", "stream", "resolve"]
     session: Token = ""
-    stream: Annotated[int, Field(ge=0, lt=wire.STREAMS_LIMIT)] = 0
+    stream: Annotated[int, Field(ge=0, lt=envelope.STREAMS_LIMIT)] = 0
     round: Count = 0
     decide: Decision | None = None
 
@@ -177,7 +177,7 @@ class Open(Message):
     """
 
     session: Annotated[str, Field(min_length=1, max_length=64)]
-    blocks: Annotated[list[Name], Field(max_length=wire.BLOCKS_LIMIT)]
+    blocks: Annotated[list[Name], Field(max_length=envelope.BLOCKS_LIMIT)]
     reconnect_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     silence_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 10.0
 
@@ -185,14 +185,14 @@ class Open(Message):
 class Load(Message):
     """Load the device state behind the message, but its last ``end`` bytes."""
 
-    end: Annotated[int, Field(gt=0, le=wire.STATE_LIMIT)]
+    end: Annotated[int, Field(gt=0, le=envelope.STATE_LIMIT)]
     timeout_s: Seconds
 
 
 class Room(Message):
     """Bytes that the source holds, by block, and by which the guest could grow there."""
 
-    held: Annotated[list[Count], Field(max_length=wire.BLOCKS_LIMIT)]
+    held: Annotated[list[Count], Field(max_length=envelope.BLOCKS_LIMIT)]
     growth: Count
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.transport.runs import UNIT
 from tracker import rescale
 from tracker.bitmap import DirtyBitmap
-from tracker.frames import UNIT
 from tracker.ram import RamBlock, open_file
 
 PART_UNITS = 16384

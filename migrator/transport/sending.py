@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.errors import LinkLost, WireError
-from migrator.transport import wire
+from migrator.transport import frames
+from migrator.transport import runs as run_loops
+from migrator.transport.frames import CHUNK_UNITS, Frame, Kind, Packing
 from migrator.transport.packing import Pace, Packer
 from migrator.transport.parts import Ram, Work
-from migrator.transport.wire import CHUNK_UNITS, Frame, Kind, Packing
-from tracker import frames
-from tracker.frames import RUNS_PER_FRAME, UNIT, Runs
+from migrator.transport.runs import RUNS_PER_FRAME, UNIT, Runs
 
 Digests = NDArray[np.uint64]
-_HEAD_SIZE = wire.FRAME_SIZE + RUNS_PER_FRAME * wire.RUN_SIZE
+_HEAD_SIZE = frames.FRAME_SIZE + RUNS_PER_FRAME * frames.RUN_SIZE
 
 
 class Stream:
@@ -34,9 +34,9 @@ class Stream:
         self._peer = peer
         self.packer = Packer(compress)
         self._head = np.zeros(_HEAD_SIZE, np.uint8)
-        self._runs: Runs = self._head[wire.FRAME_SIZE :].view("<u8").reshape(-1, 2)
+        self._runs: Runs = self._head[frames.FRAME_SIZE :].view("<u8").reshape(-1, 2)
         self._vectors = np.zeros((RUNS_PER_FRAME + 1, 2), np.uint64)
-        self._content = np.zeros(wire.CONTENT_LIMIT, np.uint8)
+        self._content = np.zeros(frames.CONTENT_LIMIT, np.uint8)
         self._gathers = isinstance(sock, ssl.SSLSocket) or compress != "none"
         self.begin()
 
@@ -61,7 +61,7 @@ class Stream:
         while (part := work.take()) is not None:
             ram, at = rams[part.block], part.first
             while at < part.last and not work.stop.is_set():
-                n, units, zeros, at = frames.plan(
+                n, units, zeros, at = run_loops.plan(
                     ram.memory, dirty[part.block], data[part.block], at, part.last, self._runs
                 )
                 if n:
@@ -71,7 +71,7 @@ class Stream:
         if work.stop.is_set():
             return
         self._write(Frame(Kind.ROUND, Packing.NONE, 0, 0, number).pack())
-        answer = wire.parse_frame(self._read(wire.FRAME_SIZE), 0, self._peer)
+        answer = frames.parse_frame(self._read(frames.FRAME_SIZE), 0, self._peer)
         if answer.kind is not Kind.ROUND or answer.size != number:
             raise WireError(self._peer, "acknowledges another round")
 
@@ -81,18 +81,18 @@ class Stream:
         runs = self._runs[:n]
         self.sent.append((block, runs.copy()))
         nbytes = units * UNIT
-        head_size = wire.FRAME_SIZE + n * wire.RUN_SIZE
+        head_size = frames.FRAME_SIZE + n * frames.RUN_SIZE
         head = self._head[:head_size]
         packed = None
         content = self._content[:nbytes]
         if self._gathers and nbytes:
             # what the guest may write to meanwhile is neither packed nor encrypted where it is
-            frames.gather(ram.memory, runs, self._content)
+            run_loops.gather(ram.memory, runs, self._content)
             packed = self.packer.pack(content.data)
         size = nbytes if packed is None else len(packed)
         packing = Packing.NONE if packed is None else Packing.ZSTD
         frame = Frame(Kind.PAGES, packing, block, n, size)
-        head[: wire.FRAME_SIZE] = np.frombuffer(frame.pack(), np.uint8)
+        head[: frames.FRAME_SIZE] = np.frombuffer(frame.pack(), np.uint8)
         pace.wait_for(head_size + size, stop)
         if packed is not None:
             self._write(head.tobytes() + packed)
@@ -101,7 +101,7 @@ class Stream:
             if nbytes:
                 self._write(content.data)
         else:
-            error = frames.send(
+            error = run_loops.send(
                 self.socket.fileno(),
                 *(head, ram.memory.ctypes.data, ram.nunits, runs, self._vectors),
             )
@@ -117,7 +117,7 @@ class Stream:
         answers = []
         for at in range(0, len(runs), RUNS_PER_FRAME):
             some = runs[at : at + RUNS_PER_FRAME]
-            head = Frame(kind, Packing.NONE, block, len(some), wire.SEED_SIZE).pack()
+            head = Frame(kind, Packing.NONE, block, len(some), frames.SEED_SIZE).pack()
             self._write(head + some.tobytes() + seed.to_bytes(8, "little"))
             units = int((some[:, 1] >> np.uint64(1)).sum())
             count = -(-units // CHUNK_UNITS) if kind is Kind.CHUNKS else units

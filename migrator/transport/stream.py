@@ -21,19 +21,20 @@ from migrator.errors import LinkError, LinkLost, NoSpace
 from migrator.settle import ended, in_thread, settle, within
 from migrator.space import Shortage, growth_bytes, room_of
 from migrator.transport import Comparison, Sent
+from migrator.transport import runs as run_loops
+from migrator.transport.frames import CHUNK_UNITS, Kind
 from migrator.transport.messages import Lack, parse
 from migrator.transport.packing import Pace
 from migrator.transport.parts import PART_UNITS, Part, Ram, Work
 from migrator.transport.reservation import no_space_to_hold, no_space_to_run
+from migrator.transport.runs import UNIT
 from migrator.transport.sending import Stream
 from migrator.transport.session import Applied, Session
-from migrator.transport.wire import CHUNK_UNITS, Kind
-from tracker import frames, kernels, pagehash
+from migrator.warm import warm_up
+from tracker import kernels, pagehash
 from tracker.bitmap import DirtyBitmap
 from tracker.extents import data_pages
-from tracker.frames import UNIT
 from tracker.ram import RamBlock
-from tracker.warm import warm_up
 
 _STANDING_S = 30.0  # a guest does not stand longer for a sending
 _SLOWEST_BYTES_PER_S = 1e8  # nor for a comparison, of so many more
@@ -194,7 +195,7 @@ class StreamCopy:
         arrived = [np.zeros_like(units) for units in dirty]
         for stream, told in zip(streams, applied, strict=True):
             for block, runs in stream.sent[: told.of_round(number)]:
-                frames.mark(runs, arrived[block])
+                run_loops.mark(runs, arrived[block])
         return {
             ram.block.name: ram.pages(dirty[i] & ~arrived[i]) for i, ram in enumerate(self._rams)
         }

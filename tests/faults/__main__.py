@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 
+from migrator.warm import warm_up
 from tests.faults import campaign, plans
 from tests.faults.campaign import Result
 from tests.faults.kinds import TWO_HOSTS_ONLY, Fault
-from tracker.warm import warm_up
 
 
 def main() -> int:

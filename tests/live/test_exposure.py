@@ -13,7 +13,7 @@ from rich.console import Console
 
 from migrator import migrate
 from migrator.display import summary
-from migrator.findings import Finding
+from migrator.errors import Finding
 from migrator.page import migration
 from migrator.report import Report
 from migrator.side import Side

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from migrator import Refused, migrate, preflight
+from migrator import Refused, migrate, strategies
 from tests.live.moving import VERIFIED, check_still_at_source
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import Machine, pair
@@ -25,7 +25,7 @@ def fails(reason: str) -> Callable[[], None]:
 
 
 def test_it_is_chosen_where_the_better_way_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(preflight._TRACKERS, "uffd", fails("as in 6.1"))
+    monkeypatch.setitem(strategies._TRACKERS, "uffd", fails("as in 6.1"))
 
     async def body() -> None:
         async with pair() as vms:
@@ -54,7 +54,7 @@ def test_forced(qemu: Qemu) -> None:
 
 def test_refused_where_neither_works(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("uffd", "uffd-sync"):
-        monkeypatch.setitem(preflight._TRACKERS, name, fails("not here"))
+        monkeypatch.setitem(strategies._TRACKERS, name, fails("not here"))
 
     async def body() -> None:
         async with pair() as vms:

@@ -26,7 +26,7 @@ import pytest
 from migrator import migrate
 from migrator.guest import boot_image
 from migrator.phases import Phase
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.transport.session import Link
 from migrator.vm import Vm
 from tests.live.moving import VERIFIED
@@ -42,7 +42,7 @@ HOST = "127.0.0.1"
 GROWTH = 64 * MIB
 _TCP_REPAIR = 19  # include/uapi/linux/tcp.h: a socket that is closed so tells nobody
 
-REFUSED = (wire.opening(), b"")
+REFUSED = (envelope.opening(), b"")
 """All that comes back: who speaks here; lost with a connection that is reset."""
 
 Attack = Callable[[int], Awaitable[None]]
@@ -153,13 +153,13 @@ async def old_version(port: int) -> None:
 
 def told(text: bytes, *, size: int | None = None, blob: int = 0) -> bytes:
     """A connection's first words, right or not."""
-    return wire.opening() + struct.pack("<II", len(text) if size is None else size, blob) + text
+    return envelope.opening() + struct.pack("<II", len(text) if size is None else size, blob) + text
 
 
 async def truncated(port: int) -> None:
-    whole = told(b'{"purpose":"migrate"}') + wire.message({"do": "look"})
+    whole = told(b'{"purpose":"migrate"}') + envelope.message({"do": "look"})
     for size in range(0, len(whole) - 30, 3):
-        assert (await says(port, whole[:size])).startswith(wire.opening())
+        assert (await says(port, whole[:size])).startswith(envelope.opening())
 
 
 async def huge_lengths(port: int) -> None:
@@ -191,11 +191,11 @@ async def no_object(port: int) -> None:
 
 async def frames_without_a_session(port: int) -> None:
     for evil, _ in EVIL.values():
-        await says(port, wire.opening() + evil[: 1 << 16])
+        await says(port, envelope.opening() + evil[: 1 << 16])
     choose = random.Random(2)
     for _ in range(50):
-        greeting = wire.message({"purpose": "stream", "session": "x", "stream": 0, "round": 0})
-        answer = await says(port, wire.opening() + greeting + choose.randbytes(99), ends=False)
+        greeting = envelope.message({"purpose": "stream", "session": "x", "stream": 0, "round": 0})
+        answer = await says(port, envelope.opening() + greeting + choose.randbytes(99), ends=False)
         assert b"no such migration" in answer or answer in REFUSED
 
 
@@ -206,7 +206,7 @@ async def opened_and_closed(port: int) -> None:
         if number % 2:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if number % 3 == 0:
-            sock.send(wire.opening()[: number % 13])
+            sock.send(envelope.opening()[: number % 13])
         sock.close()
         if number % 20 == 0:
             await asyncio.sleep(0)
@@ -215,7 +215,7 @@ async def opened_and_closed(port: int) -> None:
 async def slow_loris(port: int) -> None:
     """300 connections that say nothing, or a byte now and then."""
     strangers = [await Stranger.connect(port) for _ in range(300)]
-    for byte in wire.opening()[:6]:
+    for byte in envelope.opening()[:6]:
         for stranger in strangers[::2]:
             stranger.writer.write(bytes([byte]))
         await asyncio.sleep(0.3)
@@ -368,7 +368,7 @@ def test_a_source_that_means_ill_gets_nothing_running(tmp_path: Path) -> None:
             )
             assert opened == {}
             streams = []
-            for index in range(wire.STREAMS_LIMIT):
+            for index in range(envelope.STREAMS_LIMIT):
                 greeting = {"purpose": "stream", "session": "mine", "stream": index, "round": 0}
                 streams.append(await Stranger.connect(receiver.port, greeting))
                 assert await streams[-1].hear() == {"round": 0, "frames": 0}

@@ -17,7 +17,8 @@ from migrator import Failed, keys
 from migrator.guest import Workload
 from migrator.phases import Phase
 from migrator.qmp import Qmp
-from migrator.sources import Collected, Sources
+from migrator.readings import Collected
+from migrator.sources import Sources
 from tests.live.moving import Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.sending import MIGRATOR, SMALL, Road, eventually, on_a_road, state

@@ -20,7 +20,7 @@ import pytest
 from migrator import keys
 from migrator.guest import boot_image
 from migrator.tls import Credentials
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.vm import RunDirectory, Vm
 from tests.live.sending import MIGRATOR, SMALL, Receiver, eventually
 from tests.live.test_hostile import start
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.live
 
 SOURCE, OTHER = "hosta.example", "hostc.example"
 DEADLINE_S = 60.0
-OPENING = wire.opening()
+OPENING = envelope.opening()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from migrator.errors import Failed
 from migrator.guest import Workload
 from migrator.phases import DOWNTIME, Phase
 from migrator.policy import PolicyName
-from migrator.sources import Collected, Sources
+from migrator.readings import Collected
+from migrator.sources import Sources
 from migrator.transport.local import LocalCopy
 from tests.live.moving import VERIFIED, Ram, once
 from tests.live.qemus import QEMUS, Qemu

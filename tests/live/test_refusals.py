@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from migrator import Refused, migrate
-from migrator.findings import Finding
+from migrator.errors import Finding
 from migrator.qmp import Qmp
 from migrator.vm import Vm
 from tests.conftest import require

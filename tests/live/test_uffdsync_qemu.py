@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from migrator import Failed, migrate, preflight
+from migrator import Failed, migrate, strategies
 from migrator.phases import Phase
 from tests.live.moving import VERIFIED, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
@@ -29,7 +29,7 @@ def _nothing_better(monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> None:
         raise NotTracking("uffd", "as in Linux 6.1")
 
-    monkeypatch.setitem(preflight._TRACKERS, "uffd", check)
+    monkeypatch.setitem(strategies._TRACKERS, "uffd", check)
 
 
 @pytest.mark.parametrize("qemu", QEMUS, ids=str)

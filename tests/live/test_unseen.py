@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from migrator import migrate
-from migrator.destination import Destination
 from migrator.guest import Workload
 from migrator.phases import Phase
-from migrator.preflight import Plan, preflight
+from migrator.plan import Plan
+from migrator.preflight import preflight
 from migrator.qmp import Qmp
+from migrator.side import Side
 from tests.live.moving import VERIFIED, Ram, Watch, move, once
 from tests.live.test_pages import LENGTH, SPOT, fails, with_pair
 from tests.live.vms import MIB, Machine, Pair
@@ -139,8 +140,8 @@ def test_what_an_exact_source_reports_is_sent(monkeypatch: pytest.MonkeyPatch) -
 def stopping_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every preflight find that QEMU's migration would take dirty bits away."""
 
-    async def changed(source: Qmp, destination: Destination, **options: Any) -> Plan:
-        plan = await preflight(source, destination, **options)
+    async def changed(source: Qmp, side: Side, **options: Any) -> Plan:
+        plan = await preflight(source, side, **options)
         return replace(plan, stop_first=True)
 
     monkeypatch.setattr("migrator.orchestrator.preflight", changed)

@@ -7,7 +7,7 @@ import json
 import ssl
 from typing import Any
 
-from migrator.transport import wire
+from migrator.transport import envelope
 
 
 class Stranger:
@@ -28,19 +28,19 @@ class Stranger:
         """Connect; say who we are, and ``greeting``, unless there is none."""
         stranger = cls(*await asyncio.open_connection(host, port, ssl=context))
         if greeting is not None:
-            stranger.writer.write(wire.opening())
-            assert await stranger.reader.readexactly(wire.OPENING_SIZE) == wire.opening()
+            stranger.writer.write(envelope.opening())
+            assert await stranger.reader.readexactly(envelope.OPENING_SIZE) == envelope.opening()
             stranger.write(greeting)
         return stranger
 
     def write(self, said: dict[str, Any], blob: bytes = b"") -> None:
-        self.writer.write(wire.message(said, len(blob)) + blob)
+        self.writer.write(envelope.message(said, len(blob)) + blob)
 
     async def hear(self) -> dict[str, Any]:
         """The next message that says something."""
         while True:
-            head = await self.reader.readexactly(wire.MESSAGE_SIZE)
-            sizes = wire.message_sizes(head, "", limit=wire.MESSAGE_LIMIT, blob=0)
+            head = await self.reader.readexactly(envelope.MESSAGE_SIZE)
+            sizes = envelope.message_sizes(head, "", limit=envelope.MESSAGE_LIMIT, blob=0)
             said = json.loads(await self.reader.readexactly(sizes[0]))
             if "busy" not in said:
                 assert isinstance(said, dict)

@@ -21,13 +21,13 @@ from migrator.errors import (
     AccelUnavailable,
     ConfigError,
     Failed,
+    Finding,
     MigratorError,
     PeerRefused,
     QmpUnreachable,
     Refused,
     Undecided,
 )
-from migrator.findings import Finding
 from migrator.report import Report
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from migrator.display import Display, findings, line, summary
-from migrator.findings import Finding
+from migrator.errors import Finding
 from migrator.phases import DOWNTIME, Phase
 from migrator.report import Progress, Report, Round
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from migrator.errors import Finding
 from migrator.findings import (
-    Finding,
     backend_findings,
     device_findings,
     disk_findings,

@@ -24,8 +24,7 @@ from migrator import doctor, heatmap
 from migrator.cli import main
 from migrator.cli_control import _table
 from migrator.display import Display, findings, line, summary
-from migrator.errors import ConfigError, Failed, Refused, Undecided, VmError
-from migrator.findings import Finding
+from migrator.errors import ConfigError, Failed, Finding, Refused, Undecided, VmError
 from migrator.harmless import Formatter, harmless
 from migrator.page import memory, migration, style
 from migrator.report import DirtyMap, MappedBlock, MapRow, Progress, Report, Round

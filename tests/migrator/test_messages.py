@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from migrator.errors import WireError
 from migrator.side import Side
-from migrator.transport import wire
+from migrator.transport import envelope
 from migrator.transport.messages import (
     Arrived,
     Go,
@@ -150,6 +150,6 @@ def test_numbers_have_bounds() -> None:
         with pytest.raises(WireError):
             parse(Open, {**opening, **change}, "there")
     with pytest.raises(WireError):
-        parse(Load, {"end": wire.STATE_LIMIT + 1, "timeout_s": 1.0}, "there")
+        parse(Load, {"end": envelope.STATE_LIMIT + 1, "timeout_s": 1.0}, "there")
     with pytest.raises(WireError):
         parse(Go, {"run": 1}, "there")

@@ -28,12 +28,12 @@ from migrator.errors import LinkError
 from migrator.incoming import Outcome
 from migrator.qmp import Qmp
 from migrator.receiver import Receiver
-from migrator.transport import wire
-from migrator.transport.wire import CONTENT_LIMIT, DIGESTS_LIMIT, Frame, Kind, Packing
+from migrator.transport import envelope, frames
+from migrator.transport.frames import CONTENT_LIMIT, DIGESTS_LIMIT, Frame, Kind, Packing
+from migrator.transport.runs import UNIT
 from tests.migrator.strangers import Stranger, ask
 from tests.migrator.streaming import LOOPBACK, Side, Waiting, connected
 from tests.tracker.mapper import PAGE, shm_directory
-from tracker.frames import UNIT
 
 SIZES = {"ram": 600, "more": 3}
 OPEN: dict[str, Any] = {
@@ -270,8 +270,10 @@ def test_a_stream_that_makes_no_sense(shm: Path, change: dict[str, Any]) -> None
             greeting = {"purpose": "stream", "session": "token", "stream": 0, "round": 0, **change}
             stranger = await Stranger.connect(here.port)
             text = json.dumps(greeting).replace("Infinity", "1e999")
-            stranger.writer.write(wire.opening() + struct.pack("<II", len(text), 0) + text.encode())
-            await stranger.reader.readexactly(wire.OPENING_SIZE)
+            stranger.writer.write(
+                envelope.opening() + struct.pack("<II", len(text), 0) + text.encode()
+            )
+            await stranger.reader.readexactly(envelope.OPENING_SIZE)
             assert (await stranger.hear()).keys() == {"no"}
             assert await source.ask("ping") == {}
             source.close()
@@ -478,8 +480,8 @@ def test_frames_that_make_sense_are_taken(shm: Path) -> None:
             stream.writer.write(frame([(0, 1024)], bytes(8), kind=Kind.CHUNKS))
             stream.writer.write(frame([(598, 4)], bytes(8), kind=Kind.DIGESTS))
             stream.writer.write(frame([], kind=Kind.ROUND, size=0))
-            answer = await stream.reader.readexactly(8 + 2 * 8 + wire.FRAME_SIZE)
-            assert answer[-wire.FRAME_SIZE :] == Frame(Kind.ROUND, Packing.NONE, 0, 0, 0).pack()
+            answer = await stream.reader.readexactly(8 + 2 * 8 + frames.FRAME_SIZE)
+            assert answer[-frames.FRAME_SIZE :] == Frame(Kind.ROUND, Packing.NONE, 0, 0, 0).pack()
             memory = here.memory()
             model = PAGE_OF_ONES + bytes(UNIT) + PAGE_OF_ONES * 254 + bytes(343 * UNIT)
             assert memory["ram"] == model + PAGE_OF_ONES
@@ -566,8 +568,8 @@ async def liar(answers: Callable[[dict[str, Any]], dict[str, Any]]) -> AsyncIter
     async def attend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stranger = Stranger(reader, writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            writer.write(wire.opening())
-            await reader.readexactly(wire.OPENING_SIZE)
+            writer.write(envelope.opening())
+            await reader.readexactly(envelope.OPENING_SIZE)
             while True:
                 said = await stranger.hear()
                 stranger.write(answers(said))

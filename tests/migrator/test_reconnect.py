@@ -13,12 +13,12 @@ import pytest
 from migrator.incoming import Incoming
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.connection import hang_up
+from migrator.transport.runs import UNITS_PER_FRAME
 from migrator.transport.session import Applied, Link, Session
 from migrator.transport.stream import StreamCopy
 from tests.migrator.test_local import Sides, noise
 from tests.tracker.mapper import shm_directory
 from tracker.bitmap import DirtyBitmap
-from tracker.frames import UNITS_PER_FRAME
 
 NPAGES = 3 * UNITS_PER_FRAME
 

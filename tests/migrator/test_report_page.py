@@ -17,8 +17,7 @@ from click.testing import CliRunner, Result
 
 from migrator.cli import main
 from migrator.dirtymap import Recorder
-from migrator.errors import Aborted, QmpUnreachable, Refused
-from migrator.findings import Finding
+from migrator.errors import Aborted, Finding, QmpUnreachable, Refused
 from migrator.page import memory, migration, spans
 from migrator.report import DirtyMap, MappedBlock, MapRow, Report, Round
 from tracker.bitmap import DirtyBitmap

@@ -17,7 +17,7 @@ import pytest
 
 from migrator import keys
 from migrator.errors import LinkError, LinkLost
-from migrator.transport import Sent, stream, wire
+from migrator.transport import Sent, envelope, frames, stream
 from migrator.transport.arrivals import Target
 from migrator.transport.session import Applied
 from migrator.transport.stream import StreamCopy
@@ -260,12 +260,14 @@ def test_huge_pages(hugetlbfs: Path, compress: str) -> None:  # noqa: F811
 
 def first_bytes(*, secured: bool = False) -> int:
     """How much a stream's connection says before its first frame, roughly if it is secured."""
-    greeting = wire.message({"purpose": "stream", "session": "0" * 32, "stream": 0, "round": 0})
-    return len(wire.opening()) + len(greeting) + (2500 if secured else 0)
+    greeting = envelope.message({"purpose": "stream", "session": "0" * 32, "stream": 0, "round": 0})
+    return len(envelope.opening()) + len(greeting) + (2500 if secured else 0)
 
 
-FIRST_ANSWER = len(wire.opening()) + len(wire.message({"round": 0, "frames": 0}))
-FRAME = wire.FRAME_SIZE + wire.RUN_SIZE + wire.CONTENT_LIMIT  # of pages that follow each other
+FIRST_ANSWER = len(envelope.opening()) + len(envelope.message({"round": 0, "frames": 0}))
+FRAME = (
+    frames.FRAME_SIZE + frames.RUN_SIZE + frames.CONTENT_LIMIT
+)  # of pages that follow each other
 BIG = {"ram": 256 * 24 + 7}
 
 
@@ -289,7 +291,7 @@ async def deliver(hosts: Hosts, sent: Sent) -> None:
 
 
 @pytest.mark.parametrize("frame", [0, 1, 5, 11])
-@pytest.mark.parametrize("into", [0, 1, wire.FRAME_SIZE, wire.FRAME_SIZE + 17, FRAME - 1])
+@pytest.mark.parametrize("into", [0, 1, frames.FRAME_SIZE, frames.FRAME_SIZE + 17, FRAME - 1])
 def test_what_did_not_arrive_is_known(shm: Path, frame: int, into: int) -> None:
     """Cut after so many frames, and so many bytes of the next: one stream, so it is exact."""
 
@@ -364,7 +366,7 @@ def test_a_lost_acknowledgement_is_made_up_for(shm: Path, down: int) -> None:
     run(body)
 
 
-CONTROL_ANSWER = len(wire.opening()) + len(wire.message({}))
+CONTROL_ANSWER = len(envelope.opening()) + len(envelope.message({}))
 
 
 @pytest.mark.parametrize(

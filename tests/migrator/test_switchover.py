@@ -17,7 +17,7 @@ from migrator.destination import LocalDestination
 from migrator.errors import CommandFailed, QmpUnreachable, Undecided, VmError
 from migrator.guard import Guard
 from migrator.phases import Phase, Phases
-from migrator.preflight import Plan
+from migrator.plan import Plan
 from migrator.qmp import Event, MemoryBackend, Qmp
 from migrator.switchover import Switchover
 from tests.live.vms import pair

@@ -17,17 +17,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from migrator.errors import WireError
-from migrator.transport import wire
-from migrator.transport.wire import (
+from migrator.transport import envelope, frames
+from migrator.transport.envelope import MESSAGE_LIMIT
+from migrator.transport.frames import (
     CHUNK_UNITS,
     CONTENT_LIMIT,
     DIGESTS_LIMIT,
-    MESSAGE_LIMIT,
     Frame,
     Kind,
     Packing,
 )
-from tracker.frames import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
+from migrator.transport.runs import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
 
 settings.register_profile("wire", deadline=None, derandomize=True, max_examples=1500)
 SETTINGS = settings.get_profile("wire")
@@ -49,17 +49,17 @@ def take(data: bytes, nblocks: int = NBLOCKS, nunits: int = NUNITS) -> tuple[Fra
     :return: the frame, its runs, and bytes that follow or digests that are wanted
     :raise WireError: it is refused
     """
-    head = data[: wire.FRAME_SIZE].ljust(wire.FRAME_SIZE, b"\0")
-    frame = wire.parse_frame(head, nblocks, PEER)
+    head = data[: frames.FRAME_SIZE].ljust(frames.FRAME_SIZE, b"\0")
+    frame = frames.parse_frame(head, nblocks, PEER)
     if frame.kind is Kind.ROUND:
         return frame, [], 0
-    table = data[wire.FRAME_SIZE :][: frame.count * wire.RUN_SIZE]
-    runs, units = wire.parse_runs(table.ljust(frame.count * wire.RUN_SIZE, b"\0"), nunits, PEER)
+    table = data[frames.FRAME_SIZE :][: frame.count * frames.RUN_SIZE]
+    runs, units = frames.parse_runs(table.ljust(frame.count * frames.RUN_SIZE, b"\0"), nunits, PEER)
     pairs = [(int(start), int(both)) for start, both in runs]
     if frame.kind is Kind.PAGES:
-        wire.check_content(frame, units, PEER)
+        frames.check_content(frame, units, PEER)
         return frame, pairs, frame.size
-    return frame, pairs, wire.digests_wanted(frame, runs, PEER)
+    return frame, pairs, frames.digests_wanted(frame, runs, PEER)
 
 
 def check_limits(frame: Frame, pairs: Pairs, follows: int) -> None:
@@ -86,7 +86,7 @@ def check_limits(frame: Frame, pairs: Pairs, follows: int) -> None:
             assert 0 < frame.size == follows < content
         return
     assert frame.packing is Packing.NONE
-    assert frame.size == wire.SEED_SIZE
+    assert frame.size == frames.SEED_SIZE
     assert units <= DIGESTS_LIMIT
     if frame.kind is Kind.DIGESTS:
         assert follows == units
@@ -116,7 +116,7 @@ def right(choose: random.Random) -> bytes:
     content = sum(UNIT * (both >> 1) for _, both in runs if not both & 1)
     packing, size = Packing.NONE, content
     if kind is not Kind.PAGES:
-        size = wire.SEED_SIZE
+        size = frames.SEED_SIZE
     elif content and choose.randrange(2):
         packing, size = Packing.ZSTD, choose.randint(1, content - 1)
     head = Frame(kind, packing, block, len(runs), size).pack()
@@ -149,10 +149,10 @@ def flip(data: bytearray, choose: random.Random) -> None:
 
 def move_run(data: bytearray, choose: random.Random) -> None:
     """A run is there twice, or runs change places."""
-    count = (len(data) - wire.FRAME_SIZE) // wire.RUN_SIZE
+    count = (len(data) - frames.FRAME_SIZE) // frames.RUN_SIZE
     if count > 1:
-        a, b = (wire.FRAME_SIZE + wire.RUN_SIZE * choose.randrange(count) for _ in range(2))
-        data[a : a + wire.RUN_SIZE] = data[b : b + wire.RUN_SIZE]
+        a, b = (frames.FRAME_SIZE + frames.RUN_SIZE * choose.randrange(count) for _ in range(2))
+        data[a : a + frames.RUN_SIZE] = data[b : b + frames.RUN_SIZE]
 
 
 def cut(data: bytearray, choose: random.Random) -> None:
@@ -243,15 +243,15 @@ def test_any_numbers_in_a_frame(
 @pytest.mark.parametrize("count", [0, RUNS_PER_FRAME + 1, 2**32 - 1])
 def test_no_memory_is_taken_for_runs_that_are_too_many(count: int) -> None:
     for kind in (Kind.PAGES, Kind.DIGESTS):
-        size = wire.SEED_SIZE if kind is Kind.DIGESTS else UNIT
+        size = frames.SEED_SIZE if kind is Kind.DIGESTS else UNIT
         head = Frame(kind, Packing.NONE, 0, count, size).pack()
         with pytest.raises(WireError, match=f"{count} runs"):
-            wire.parse_frame(head, NBLOCKS, PEER)
+            frames.parse_frame(head, NBLOCKS, PEER)
 
 
 def test_a_frame_for_no_block_at_all() -> None:
     with pytest.raises(WireError, match="block 0 of 0"):
-        wire.parse_frame(Frame(Kind.PAGES, Packing.NONE, 0, 1, UNIT).pack(), 0, PEER)
+        frames.parse_frame(Frame(Kind.PAGES, Packing.NONE, 0, 1, UNIT).pack(), 0, PEER)
 
 
 # -- messages, and before them --------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_frame_for_no_block_at_all() -> None:
 @example(b"\0" * 100)
 def test_any_bytes_as_a_message(text: bytes) -> None:
     try:
-        said = wire.parse_message(text, PEER)
+        said = envelope.parse_message(text, PEER)
     except WireError:
         return
     assert isinstance(said, dict)
@@ -292,10 +292,10 @@ def test_any_json_as_a_message(said: object) -> None:
     text = json.dumps(said)
     constants = ("NaN", "Infinity")
     if isinstance(said, dict) and not any(word in text for word in constants):
-        assert wire.parse_message(text.encode(), PEER) == said
+        assert envelope.parse_message(text.encode(), PEER) == said
     elif not isinstance(said, dict):
         with pytest.raises(WireError):
-            wire.parse_message(text.encode(), PEER)
+            envelope.parse_message(text.encode(), PEER)
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
@@ -303,7 +303,7 @@ def test_what_only_python_takes_for_json_is_none(constant: str) -> None:
     """A timer that is to go off at NaN lets none go off any more."""
     assert json.loads(f'{{"reconnect_s": {constant}}}')
     with pytest.raises(WireError, match="no JSON"):
-        wire.parse_message(f'{{"reconnect_s": {constant}}}'.encode(), PEER)
+        envelope.parse_message(f'{{"reconnect_s": {constant}}}'.encode(), PEER)
 
 
 @SETTINGS
@@ -311,32 +311,32 @@ def test_what_only_python_takes_for_json_is_none(constant: str) -> None:
 def test_sizes_of_a_message(data: bytes, limit: int, blob: int) -> None:
     sizes = struct.unpack("<II", data)
     if sizes[0] <= limit and sizes[1] <= blob:
-        assert wire.message_sizes(data, PEER, limit=limit, blob=blob) == sizes
+        assert envelope.message_sizes(data, PEER, limit=limit, blob=blob) == sizes
     else:
         with pytest.raises(WireError, match="announces"):
-            wire.message_sizes(data, PEER, limit=limit, blob=blob)
+            envelope.message_sizes(data, PEER, limit=limit, blob=blob)
 
 
 @given(st.dictionaries(st.text(), st.integers()), st.integers(0, 2**32 - 1))
 def test_a_message_and_back(said: dict[str, int], blob_size: int) -> None:
-    data = wire.message(said, blob_size)
-    head, text = data[: wire.MESSAGE_SIZE], data[wire.MESSAGE_SIZE :]
-    sizes = wire.message_sizes(head, PEER, limit=MESSAGE_LIMIT, blob=2**32 - 1)
+    data = envelope.message(said, blob_size)
+    head, text = data[: envelope.MESSAGE_SIZE], data[envelope.MESSAGE_SIZE :]
+    sizes = envelope.message_sizes(head, PEER, limit=MESSAGE_LIMIT, blob=2**32 - 1)
     assert sizes == (len(text), blob_size)
-    assert wire.parse_message(text, PEER) == said
+    assert envelope.parse_message(text, PEER) == said
 
 
 @SETTINGS
-@given(st.binary(min_size=wire.OPENING_SIZE, max_size=wire.OPENING_SIZE))
+@given(st.binary(min_size=envelope.OPENING_SIZE, max_size=envelope.OPENING_SIZE))
 def test_any_bytes_as_an_opening(data: bytes) -> None:
     with pytest.raises(WireError, match="no migrator"):
-        wire.check_opening(data, PEER)
+        envelope.check_opening(data, PEER)
 
 
 def test_openings() -> None:
-    wire.check_opening(wire.opening(), PEER)
+    envelope.check_opening(envelope.opening(), PEER)
     for version in (0, 2, 2**16 - 1):
         with pytest.raises(WireError, match=f"speaks version {version} of the protocol, this is 1"):
-            wire.check_opening(struct.pack("<8sHH", b"qemu-mig", version, 0), PEER)
+            envelope.check_opening(struct.pack("<8sHH", b"qemu-mig", version, 0), PEER)
     with pytest.raises(WireError, match="no migrator"):
-        wire.check_opening(b"GET / HTTP/1", PEER)
+        envelope.check_opening(b"GET / HTTP/1", PEER)

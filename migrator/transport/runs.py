@@ -1,4 +1,4 @@
-"""The compiled loops between a RAM block and a frame on the wire (:mod:`migrator.transport.wire`).
+"""The compiled loops between a RAM block and a frame (:mod:`migrator.transport.frames`).
 
 A frame's pages are listed as *runs*: rows ``(start, length * 2 + zeros)`` of ``uint64``,
 little-endian on the wire and here, in ascending order, no two with a unit in common. They count in

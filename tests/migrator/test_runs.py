@@ -25,15 +25,15 @@ from hypothesis import strategies as st
 from numba.core.registry import CPUDispatcher
 from numpy.typing import NDArray
 
+from migrator.transport import runs as run_loops
+from migrator.transport.runs import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
 from tests.live.conftest import hugetlbfs  # noqa: F401 (a fixture)
 from tests.tracker import naive
 from tests.tracker.mapper import small_tmpfs
 from tests.tracker.naive import Run, units_of
 from tests.tracker.test_kernels import INTERPRETED, ROOT, subsets
 from tests.tracker.test_pages import KINDS, TmpfsFile, tmpfs_files
-from tracker import frames
 from tracker.errors import BitmapError
-from tracker.frames import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
 
 Runs = NDArray[np.uint64]
 NUNITS = st.sampled_from([1, 63, 64, 65, 128, 129]) | st.integers(1, 140)
@@ -74,7 +74,7 @@ def as_memory(content: bytes) -> NDArray[np.uint8]:
 
 
 def test_it_is_the_compiled_kernels_that_are_tested_or_not() -> None:
-    assert isinstance(frames.plan, CPUDispatcher) is not INTERPRETED
+    assert isinstance(run_loops.plan, CPUDispatcher) is not INTERPRETED
 
 
 # --- plan -----------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_plan(choose: st.DataObject) -> None:
     runs = np.full((room, 2), LAST, np.uint64)
 
     words = naive.words_of(dirty, nunits), naive.words_of(data, nunits)
-    n, content, nzeros, at = frames.plan(as_memory(memory), *words, first, last, runs)
+    n, content, nzeros, at = run_loops.plan(as_memory(memory), *words, first, last, runs)
 
     limits = {"most_runs": room, "most_units": UNITS_PER_FRAME}
     wanted, go_on = naive.plan(memory, dirty, data, first, last, **limits)
@@ -100,7 +100,7 @@ def test_plan(choose: st.DataObject) -> None:
     assert content == len([u for u in units_of(wanted) if u in data - zeros])
     assert content + nzeros == len(units_of(wanted))
     assert (runs[n:] == LAST).all()
-    assert int(frames.check(runs[:n], nunits)) == content
+    assert int(run_loops.check(runs[:n], nunits)) == content
 
 
 @given(st.data(), st.sampled_from([1, 3, 1000]))
@@ -115,7 +115,7 @@ def test_frame_by_frame_it_is_all_that_is_dirty_and_nothing_twice(
     at = 0
     while at < nunits:
         runs = np.zeros((room, 2), np.uint64)
-        n, *_, at = frames.plan(memory, *words, at, nunits, runs)
+        n, *_, at = run_loops.plan(memory, *words, at, nunits, runs)
         assert n or at == nunits, "a frame without anything in it"
         found += listed(runs[:n])
     assert units_of(found) == sorted(dirty)
@@ -131,11 +131,11 @@ def test_a_frame_is_full_at_so_many_units_or_runs(gap: int) -> None:
     nothing = naive.words_of((), nunits)
     runs = np.zeros((RUNS_PER_FRAME, 2), np.uint64)
 
-    n, content, zeros, at = frames.plan(memory, dirty, dirty, 0, nunits, runs)
+    n, content, zeros, at = run_loops.plan(memory, dirty, dirty, 0, nunits, runs)
     assert (content, zeros, at) == (UNITS_PER_FRAME, 0, UNITS_PER_FRAME * (1 + gap))
     assert n == (UNITS_PER_FRAME if gap else 1)
 
-    n, content, zeros, at = frames.plan(memory, dirty, nothing, 0, nunits, runs)
+    n, content, zeros, at = run_loops.plan(memory, dirty, nothing, 0, nunits, runs)
     if gap:
         assert (n, content, zeros, at) == (RUNS_PER_FRAME, 0, RUNS_PER_FRAME, 2 * RUNS_PER_FRAME)
     else:
@@ -151,7 +151,7 @@ def test_a_hole_is_not_read(told: bool) -> None:
         data = there if told else set(range(80))
         words = naive.words_of(range(80), 80), naive.words_of(data, 80)
         runs = np.zeros((100, 2), np.uint64)
-        n, content, zeros, at = frames.plan(file.map(False), *words, 0, 80, runs)
+        n, content, zeros, at = run_loops.plan(file.map(False), *words, 0, 80, runs)
         assert (n, content, zeros, at) == (40, 20, 60, 80)
         assert (file.data() == there) is told
 
@@ -162,7 +162,7 @@ def test_plan_refuses_what_does_not_fit(change: dict[str, int]) -> None:
     memory, runs = np.zeros(65 * UNIT, np.uint8), np.zeros((1, 2), np.uint64)
     words = np.zeros(of["dirty"], np.uint64), np.zeros(of["data"], np.uint64)
     with pytest.raises(BitmapError):
-        frames.plan(memory, *words, of["first"], of["last"], runs)
+        run_loops.plan(memory, *words, of["first"], of["last"], runs)
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def rightly(pairs: list[tuple[int, int]], nunits: int) -> int:
 @example([(0, 1)], 65)
 def test_check(pairs: list[tuple[int, int]], nunits: int) -> None:
     runs = np.array(pairs, np.uint64).reshape(-1, 2)
-    assert int(frames.check(runs, nunits)) == rightly(pairs, nunits)
+    assert int(run_loops.check(runs, nunits)) == rightly(pairs, nunits)
 
 
 @given(st.data())
@@ -205,10 +205,10 @@ def test_check_accepts_whatever_is_right(choose: st.DataObject) -> None:
     nunits = choose.draw(NUNITS)
     runs = choose.draw(some_runs(nunits))
     content = sum(length for _, length, zeros in runs if not zeros)
-    assert int(frames.check(array_of(runs), nunits)) == content
+    assert int(run_loops.check(array_of(runs), nunits)) == content
     if runs:
         last = runs[-1][0] + runs[-1][1]
-        assert int(frames.check(array_of(runs), last - 1)) == -1
+        assert int(run_loops.check(array_of(runs), last - 1)) == -1
 
 
 # --- mark, gather ---------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_mark(choose: st.DataObject) -> None:
     nunits = choose.draw(NUNITS)
     runs, before = choose.draw(some_runs(nunits)), choose.draw(subsets(nunits))
     words = naive.words_of(before, nunits)
-    frames.mark(array_of(runs), words)
+    run_loops.mark(array_of(runs), words)
     assert naive.pages_of(words) == before | set(units_of(runs))
 
 
@@ -231,7 +231,7 @@ def test_gather(choose: st.DataObject, writable: bool) -> None:
     memory = as_memory(content) if writable else np.frombuffer(content, np.uint8)
     wanted = content_of(runs, content)
     into = np.full(len(wanted) + 1, 7, np.uint8)
-    assert frames.gather(memory, array_of(runs), into) == len(wanted)
+    assert run_loops.gather(memory, array_of(runs), into) == len(wanted)
     assert into.tobytes() == wanted + b"\7"
 
 
@@ -239,7 +239,7 @@ def test_gather(choose: st.DataObject, writable: bool) -> None:
 def test_gather_stays_in_its_memory(runs: list[Run], room: int) -> None:
     memory, into = np.ones(2 * UNIT, np.uint8), np.zeros(room * UNIT, np.uint8)
     with pytest.raises(BitmapError):
-        frames.gather(memory, array_of(runs), into)
+        run_loops.gather(memory, array_of(runs), into)
     assert not into.any()
 
 
@@ -273,7 +273,7 @@ def send_and_receive(
         thread.start()
         vectors = np.zeros((len(runs) + 1, 2), np.uint64)
         arguments = as_memory(head), memory.ctypes.data, len(memory) // UNIT
-        result = frames.send(near.fileno(), *arguments, array_of(runs), vectors)
+        result = run_loops.send(near.fileno(), *arguments, array_of(runs), vectors)
         near.shutdown(socket.SHUT_WR)
         thread.join()
     return int(result), bytes(received)
@@ -328,14 +328,14 @@ def test_whoever_hung_up_is_an_errno(hung_up: str) -> None:
         thread = threading.Thread(target=hang_up)
         thread.start()
         arguments = as_memory(b"head"), memory.ctypes.data, 2000
-        result = frames.send(near.fileno(), *arguments, runs, vectors)
+        result = run_loops.send(near.fileno(), *arguments, runs, vectors)
         thread.join()
     assert result in (errno.EPIPE, errno.ECONNRESET)
 
 
 def test_what_is_no_descriptor_is_an_errno() -> None:
     vectors = np.zeros((1, 2), np.uint64)
-    assert frames.send(-1, as_memory(b"x"), 0, 0, array_of([]), vectors) == errno.EBADF
+    assert run_loops.send(-1, as_memory(b"x"), 0, 0, array_of([]), vectors) == errno.EBADF
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_send_stays_in_its_memory(runs: list[Run], room: int) -> None:
     memory, vectors = np.ones(2 * UNIT, np.uint8), np.zeros((room, 2), np.uint64)
     with connected(1 << 20) as (near, far):
         with pytest.raises(BitmapError):
-            frames.send(
+            run_loops.send(
                 near.fileno(), as_memory(b"x"), memory.ctypes.data, 2, array_of(runs), vectors
             )
         near.shutdown(socket.SHUT_WR)
@@ -382,7 +382,7 @@ def test_put(by: str, choose: st.DataObject) -> None:
         content = random_bytes(1, len(content_of(runs, bytes(len(kinds) * UNIT))))
         before, there = file.content(), file.data()
         present = naive.words_of(there, len(kinds))
-        assert not frames.put(as_memory(content), array_of(runs), *way(file, by), UNIT, present)
+        assert not run_loops.put(as_memory(content), array_of(runs), *way(file, by), UNIT, present)
         assert file.content() == overwritten(before, runs, content)
         written = set(units_of(run for run in runs if not run[2]))
         assert file.data() == there | written == naive.pages_of(present)
@@ -394,7 +394,7 @@ def test_put_wants_as_much_content_as_the_runs_have(by: str) -> None:
         present = naive.words_of((), 3)
         content = np.ones(2 * UNIT, np.uint8)
         with pytest.raises(BitmapError):
-            frames.put(content, array_of([(0, 3, False)]), *way(file, by), UNIT, present)
+            run_loops.put(content, array_of([(0, 3, False)]), *way(file, by), UNIT, present)
         assert not any(file.content())
 
 
@@ -406,19 +406,19 @@ def test_a_file_system_that_is_full_is_an_errno_and_no_sigbus(by: str, tmp_path:
         try:
             present = naive.words_of((), 16)
             content = np.ones(16 * UNIT, np.uint8)
-            error = frames.put(content, array_of([(0, 16, False)]), memory, fd, UNIT, present)
+            error = run_loops.put(content, array_of([(0, 16, False)]), memory, fd, UNIT, present)
             assert error == (errno.ENOSPC if by == "pwrite" else errno.EFAULT)
             counted = naive.pages_of(present)
             assert counted <= file.data(), "a hole that is read is a SIGBUS here"
 
             # with what the guest has to spare given back, there is room
             runs = array_of([(0, 16, True)])
-            assert not frames.clear(runs, file.map(False), NOWHERE, file.fd, UNIT, present)
+            assert not run_loops.clear(runs, file.map(False), NOWHERE, file.fd, UNIT, present)
             assert not file.data() & counted
             assert not any(file.content())
             if by == "pwrite":
                 few = content[: 8 * UNIT]
-                assert not frames.put(few, array_of([(8, 8, False)]), memory, fd, UNIT, present)
+                assert not run_loops.put(few, array_of([(8, 8, False)]), memory, fd, UNIT, present)
                 assert file.content() == bytes(8 * UNIT) + few.tobytes()
         finally:
             del memory
@@ -434,7 +434,7 @@ def test_clear(by: str, choose: st.DataObject) -> None:
         runs = choose.draw(some_runs(len(kinds)))
         before, there = file.content(), file.data()
         present = naive.words_of(there, len(kinds))
-        assert not frames.clear(array_of(runs), file.map(False), *way(file, by), UNIT, present)
+        assert not run_loops.clear(array_of(runs), file.map(False), *way(file, by), UNIT, present)
         asked = set(units_of(run for run in runs if run[2]))
         data = {unit for unit, kind in enumerate(kinds) if kind == "data"}
         kept = [bytes(UNIT) if u in asked else before[u * UNIT :][:UNIT] for u in range(len(kinds))]
@@ -448,7 +448,7 @@ def test_a_page_that_is_not_said_to_be_there_is_not_even_looked_at() -> None:
         runs = array_of([(0, 70, True)])
         for present, filled in (((), 0), (range(70), 70)):
             words = naive.words_of(present, 70)
-            assert not frames.clear(runs, file.map(False), NOWHERE, file.fd, UNIT, words)
+            assert not run_loops.clear(runs, file.map(False), NOWHERE, file.fd, UNIT, words)
             assert len(file.data()) == filled
 
 
@@ -459,10 +459,10 @@ def test_a_file_that_may_not_be_punched_is_an_errno() -> None:
             for runs in ([(0, 3, True)], [(0, 1, True), (2, 1, True)]):
                 present = naive.words_of(range(3), 3)
                 arguments = file.map(False), NOWHERE, fd, UNIT, present
-                assert frames.clear(array_of(runs), *arguments) == errno.EBADF
+                assert run_loops.clear(array_of(runs), *arguments) == errno.EBADF
             present = naive.words_of(range(3), 3)
             assert (
-                frames.put(np.ones(UNIT, np.uint8), array_of([(0, 1, False)]), *arguments[1:])
+                run_loops.put(np.ones(UNIT, np.uint8), array_of([(0, 1, False)]), *arguments[1:])
                 == errno.EBADF
             )
         finally:
@@ -500,7 +500,7 @@ def test_units_of_huge_pages(hugetlbfs: Path) -> None:  # noqa: F811
         # from the last unit of page 0 to the first of page 1, and one in the middle of page 3
         runs: list[Run] = [(PER_HUGE - 1, 2, False), (3 * PER_HUGE + 100, 1, False)]
         content = random_bytes(1, 3 * UNIT)
-        assert not frames.put(as_memory(content), array_of(runs), memory, -1, HUGE, present)
+        assert not run_loops.put(as_memory(content), array_of(runs), memory, -1, HUGE, present)
         model = bytearray(overwritten(bytes(model), runs, content))
         assert there(memory) == there(model)
         assert naive.pages_of(present) == {0, 1, 3}
@@ -508,7 +508,7 @@ def test_units_of_huge_pages(hugetlbfs: Path) -> None:  # noqa: F811
 
         # page 2 is not there, and stays so; page 3 keeps its last unit
         cleared = [(PER_HUGE - 1, 1, True), (2 * PER_HUGE, 2 * PER_HUGE - 1, True)]
-        assert not frames.clear(array_of(cleared), memory, memory, -1, HUGE, present)
+        assert not run_loops.clear(array_of(cleared), memory, memory, -1, HUGE, present)
         model[(PER_HUGE - 1) * UNIT : PER_HUGE * UNIT] = bytes(UNIT)
         model[2 * HUGE : -UNIT] = bytes(2 * HUGE - UNIT)
         assert naive.pages_of(present) == {0, 1, 3}
@@ -534,7 +534,9 @@ def test_no_huge_page_left_is_an_errno_and_no_sigbus(hugetlbfs: Path) -> None:  
         memory = np.frombuffer(mapped, np.uint8)
         runs = array_of([(page * PER_HUGE, 1, False) for page in range(nhuge + 1)])
         present = naive.words_of((), nhuge + 1)
-        error = frames.put(np.ones((nhuge + 1) * UNIT, np.uint8), runs, memory, -1, HUGE, present)
+        error = run_loops.put(
+            np.ones((nhuge + 1) * UNIT, np.uint8), runs, memory, -1, HUGE, present
+        )
         assert error == errno.EFAULT
         del memory
         mapped.close()
@@ -549,14 +551,14 @@ def test_no_huge_page_left_is_an_errno_and_no_sigbus(hugetlbfs: Path) -> None:  
 STREAM = """
 import mmap, os, socket, sys
 import numpy as np
-from tracker import frames
+from migrator.transport import runs as run_loops
 
 def signatures():
-    found = {n: k.signatures for n, k in vars(frames).items() if hasattr(k, "signatures")}
+    found = {n: k.signatures for n, k in vars(run_loops).items() if hasattr(k, "signatures")}
     return {n: list(s) for n, s in found.items()}
 
 if sys.argv[1] == "warm":
-    frames.warm_up()
+    run_loops.warm_up()
 before = signatures()
 fd = os.memfd_create("ram")
 os.ftruncate(fd, 65 * 4096)
@@ -566,19 +568,19 @@ rw = np.frombuffer(mmap.mmap(fd, 0), np.uint8)
 words = np.full(2, 1, np.uint64)
 head = np.zeros(16 + 16 * 4, np.uint8)
 runs = head[16:].view("<u8").reshape(-1, 2)
-n, content, zeros, at = frames.plan(ro, words, words, 0, 65, runs)
+n, content, zeros, at = run_loops.plan(ro, words, words, 0, 65, runs)
 into = np.zeros(1 << 20, np.uint8)
-frames.gather(ro, runs[:n], into)
+run_loops.gather(ro, runs[:n], into)
 ours, theirs = socket.socketpair()
 vectors = np.zeros((5, 2), np.uint64)
-assert not frames.send(ours.fileno(), head[:48], ro.ctypes.data, 65, runs[:n], vectors)
+assert not run_loops.send(ours.fileno(), head[:48], ro.ctypes.data, 65, runs[:n], vectors)
 came = np.frombuffer(memoryview(bytearray(head[16:].tobytes()))[: n * 16], "<u8").reshape(-1, 2)
-frames.check(came, 65)
-frames.mark(came, words)
-frames.put(into[:4096], came, np.empty(0, np.uint8), fd, 4096, words)
-frames.put(into[:4096], came, rw, -1, 4096, words)
-frames.clear(came, ro, np.empty(0, np.uint8), fd, 4096, words)
-frames.clear(came, rw, rw, -1, 4096, words)
+run_loops.check(came, 65)
+run_loops.mark(came, words)
+run_loops.put(into[:4096], came, np.empty(0, np.uint8), fd, 4096, words)
+run_loops.put(into[:4096], came, rw, -1, 4096, words)
+run_loops.clear(came, ro, np.empty(0, np.uint8), fd, 4096, words)
+run_loops.clear(came, rw, rw, -1, 4096, words)
 print(sorted(n for n, s in signatures().items() if s != before[n]))
 """
 
