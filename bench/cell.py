@@ -32,7 +32,7 @@ from bench.vmspans import Span, Spans, running
 from bench.watcher import Collection, Watcher, WatchingFailed
 from migrator.errors import MigratorError
 from migrator.settle import in_thread
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
 
 FAILURES = (WatchingFailed, BeatsBroken, MigratorError, TrackerError, OSError)

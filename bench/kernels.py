@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bench.kernelwork import Case, Work, work
 from migrator.warm import warm_up
-from tracker.kernels import kernel
+from tracker.bits.words import kernel
 
 Words = NDArray[np.uint64]
 _LEAST_S = 0.02  # a sample is repeated until it takes so long

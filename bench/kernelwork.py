@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker import kernels, pagehash, pages, rescale
-from tracker.bitmap import DirtyBitmap
-from tracker.merge import merge
+from tracker.bits import rescale
+from tracker.bits import words as kernels
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import merge
+from tracker.memory import pagehash, pages
 
 Words = NDArray[np.uint64]
 _GIB = 1 << 30

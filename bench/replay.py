@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pyroaring import BitMap
 
 from migrator.trace import Trace, numbers, united
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 _GOLDEN = (5**0.5 - 1) / 2
 

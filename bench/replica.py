@@ -8,11 +8,11 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.bitmap import DirtyBitmap
-from tracker.extents import data_pages
-from tracker.pagehash import Digests, selected_digests
-from tracker.pages import compare_pages, copy_pages, punch_pages
-from tracker.ram import RamBlock, open_file
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.extents import data_pages
+from tracker.memory.pagehash import Digests, selected_digests
+from tracker.memory.pages import compare_pages, copy_pages, punch_pages
+from tracker.memory.ram import RamBlock, open_file
 
 _NOWHERE = np.empty(0, np.uint8)
 
@@ -82,7 +82,7 @@ class Replica:
         return found
 
     def digests(self, pages: DirtyBitmap, seed: int) -> Digests:
-        """Digests of these pages of the copy, in their order; see :mod:`tracker.pagehash`."""
+        """Digests of these pages of the copy, in their order (:mod:`tracker.memory.pagehash`)."""
         found: Digests = np.zeros(pages.count(), np.uint64)
         nwords = len(pages.words)
         present, size = self._present.words, self._block.page_size

@@ -14,7 +14,6 @@ from typing import Protocol
 
 from bench.costs import Costs
 from migrator.account import Account
-from migrator.bitmaps import Bitmaps, any_of, no_pages
 from migrator.decisions import Policy
 from migrator.errors import Aborted
 from migrator.phases import Phase
@@ -25,10 +24,11 @@ from migrator.rounds import Rounds
 from migrator.slowing import Slowing
 from migrator.throttling import Throttling
 from migrator.transport import Sent
-from tracker.bitmap import DirtyBitmap
-from tracker.merge import merge
-from tracker.ram import RamBlock
-from tracker.uffd import Leave, UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import merge
+from tracker.bits.pageset import Bitmaps, any_of, no_pages
+from tracker.memory.ram import RamBlock
+from tracker.sources.uffd import Leave, UffdAsync
 
 NEVER_SLOWED = Throttling(0)
 

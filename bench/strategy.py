@@ -8,15 +8,15 @@ from functools import partial
 
 from migrator.config import parse_size
 from migrator.strategies import COARSE, STRATEGIES, cpu_source
-from tracker.answering import check_answering
+from tracker.answered.uffdsync import UffdSync
 from tracker.errors import NotTracking
-from tracker.pagemap import soft_dirty_missing
-from tracker.probe import check_tracking
-from tracker.ram import RamBlock
-from tracker.softdirty import SoftDirty
-from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.memory.ram import RamBlock
+from tracker.probe.answering import check_answering
+from tracker.probe.probe import check_tracking
+from tracker.sources.pagemap import soft_dirty_missing
+from tracker.sources.softdirty import SoftDirty
+from tracker.sources.source import DirtySource
+from tracker.sources.uffd import UffdAsync
 
 Maker = Callable[[int, Sequence[RamBlock]], DirtySource]
 """Makes the source that tracks a process's blocks; goes from one process to another (pickle)."""

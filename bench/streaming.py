@@ -19,8 +19,8 @@ from migrator.transport.connection import Connection
 from migrator.transport.session import Link, Session
 from migrator.transport.stream import StreamCopy
 from migrator.warm import warm_up
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 _NAME = "ram"
 

@@ -19,7 +19,7 @@ from bench.pulse import Pulse, Side
 from migrator.errors import VmError
 from migrator.qmp import Qmp
 from migrator.vm import Vm
-from tracker.ram import RamBlock, find_block
+from tracker.memory.ram import RamBlock, find_block
 
 _START_S = 180.0  # until a Linux has made ready, on a slow machine
 _EVENT_S = 30.0

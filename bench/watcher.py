@@ -19,11 +19,11 @@ from typing import Any
 from bench import usage
 from bench.replica import Replica
 from bench.strategy import Maker
-from tracker.bitmap import DirtyBitmap
-from tracker.coarse import Compared
-from tracker.contenthash import ContentHash
-from tracker.ram import RamBlock
-from tracker.source import DirtySource
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
+from tracker.sources.coarse import Compared
+from tracker.sources.contenthash import ContentHash
+from tracker.sources.source import DirtySource
 from tracker.warm import warm_up
 
 _ANSWER_S = 180.0

@@ -12,8 +12,8 @@ from itertools import chain
 from migrator.dirtymap import Recorder
 from migrator.phases import DOWNTIME, Phase, Phases
 from migrator.report import Progress, Report, Round
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 _log = logging.getLogger(__name__)
 _SHOW_S = 0.1

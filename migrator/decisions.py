@@ -18,7 +18,7 @@ class Policy:
     :ivar defers: whether what is written again and again waits for the end
     :ivar compares: whether what is at the destination already is looked for, and not sent: where
         ``bytes`` can be compared, or by ``digests`` too, which a guest might be able to fool (see
-        :mod:`tracker.pagehash`)
+        :mod:`tracker.memory.pagehash`)
     """
 
     judge: Judge

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker import history
-from tracker.bitmap import DirtyBitmap
+from tracker.bits import history
+from tracker.bits.bitmap import DirtyBitmap
 
 Counts = NDArray[np.int64]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from migrator.report import DirtyMap, MappedBlock, MapRow
-from tracker import regions
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits import regions
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 REGIONS = 256
 """Into how many ranges all memory is divided, or a few more: each block has one at least."""

@@ -22,14 +22,14 @@ from migrator.harmless import harmless
 from migrator.qmp import Qmp
 from migrator.settle import in_thread
 from migrator.vm import RunDirectory, Vm
-from tracker import probe
-from tracker.answering import check_answering
 from tracker.errors import InjectionError, NotTracking, RamError, TrackerError
-from tracker.inject import acquire_userfaultfd
-from tracker.ram import find_block
-from tracker.refusal import proc_status
+from tracker.inject.acquire import acquire_userfaultfd
+from tracker.inject.refusal import proc_status
+from tracker.memory.ram import find_block
+from tracker.probe import probe
+from tracker.probe.answering import check_answering
+from tracker.probe.trial import FEATURES, HUGE_PAGES, Subject, shared_file
 from tracker.syscalls import uffd_api
-from tracker.trial import FEATURES, HUGE_PAGES, Subject, shared_file
 
 SHM = "/dev/shm"
 HUNG_TASK_PANIC = Path("/proc/sys/kernel/hung_task_panic")
@@ -300,7 +300,7 @@ def features_check(there: int) -> Check:
 
 
 def tracking_checks() -> list[Check]:
-    """Every probe of :mod:`tracker.probe` on shared memory."""
+    """Every probe of :mod:`tracker.probe.probe` on shared memory."""
     return outcome_checks("tracking", _NEWER_KERNEL, probe.try_everything())
 
 

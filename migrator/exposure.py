@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from tracker.errors import RamError
-from tracker.ram import RamBlock, open_file
+from tracker.memory.ram import RamBlock, open_file
 
 _READ = stat.S_IRGRP | stat.S_IROTH
 _SEARCH = stat.S_IXGRP | stat.S_IXOTH

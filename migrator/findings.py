@@ -11,7 +11,7 @@ from typing import Any
 
 from migrator.errors import Finding
 from migrator.qmp import MemoryBackend
-from tracker.ram import GuestRange, RamBlock
+from tracker.memory.ram import GuestRange, RamBlock
 
 _DEVICE = re.compile(r"^ *dev: ([^,]+), id", re.MULTILINE)
 _NO_TRACKING = re.compile(r'^ *x-pre-copy-dirty-page-tracking = "?(?:off|false)', re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The pin matrix for people and programs: what :mod:`tracker.matrix` found, and what it means."""
+"""The pin matrix for people and programs: what :mod:`tracker.pins.matrix` found, what it means."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tracker.matrix import Experiment, count, run_matrix
-from tracker.pins import Answer
+from tracker.pins.matrix import Experiment, count, run_matrix
+from tracker.pins.pins import Answer
 
 MEMORY = "shared file"
 """Guest RAM that a migration moves is of this kind."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from migrator.qmp import MemoryBackend
 from migrator.readings import Tracking
-from tracker.ram import GuestRange, RamBlock
+from tracker.memory.ram import GuestRange, RamBlock
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from migrator.side import (
 from migrator.space import Room, growth_bytes, margins, to_hold, to_run
 from migrator.strategies import choose_tracker
 from migrator.transport.reservation import no_space_to_hold, no_space_to_run
-from tracker.answering import check_answering
-from tracker.dma import dma_sources
+from tracker.devices.dma import dma_sources
+from tracker.devices.vfio import VfioType1
 from tracker.errors import NotTracking, TrackerError
-from tracker.ram import GuestRange, RamBlock, parse_flat_view
-from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
-from tracker.vfio import VfioType1
+from tracker.memory.ram import GuestRange, RamBlock, parse_flat_view
+from tracker.probe.answering import check_answering
+from tracker.sources.source import DirtySource
+from tracker.sources.uffd import UffdAsync
 
 _log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from migrator.bitmaps import Bitmaps
 from migrator.qmp import MemoryBackend
-from tracker.bitmap import DirtyBitmap
-from tracker.merge import Merged
-from tracker.ram import GuestRange, RamBlock
-from tracker.uffd import Leave
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import Merged
+from tracker.bits.pageset import Bitmaps
+from tracker.memory.ram import GuestRange, RamBlock
+from tracker.sources.uffd import Leave
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tracking:
     :ivar tracker: name of the source of CPU writes
     :ivar direct_io: whether a page may be reported before the data that are read into it arrive
     :ivar reads: whether pages may be read, as they are when they are moved (see
-        :class:`tracker.holes.Holes`)
+        :class:`tracker.sources.holes.Holes`)
     """
 
     blocks: tuple[RamBlock, ...]

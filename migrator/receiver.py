@@ -28,7 +28,7 @@ from migrator.transport.connection import Connection
 from migrator.transport.messages import Go, Greeting, Load, Open, Parting, Room, State, parse
 from migrator.witness import Witness
 from tracker.errors import TrackerError
-from tracker.ram import RamBlock
+from tracker.memory.ram import RamBlock
 
 _STRANGERS = 64  # connections for messages on which nothing was opened
 PATIENCE_S = 300.0

@@ -21,9 +21,9 @@ from migrator.errors import TraceError
 from migrator.settle import in_thread
 from migrator.trace import Block, Header, Writer
 from migrator.trackable import Tracked, tracked
-from tracker.bitmap import DirtyBitmap
-from tracker.pages import zero_pages
-from tracker.ram import RamBlock, open_file
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.pages import zero_pages
+from tracker.memory.ram import RamBlock, open_file
 from tracker.warm import warm_up
 
 _BACKENDS_S = 1.0  # asking QEMU for them takes milliseconds

@@ -8,7 +8,6 @@ import numpy as np
 
 from migrator import skipping
 from migrator.account import Account
-from migrator.bitmaps import Bitmaps, MutableBitmaps, any_of, count, no_pages, union, without
 from migrator.decisions import Policy
 from migrator.deferral import Heat, room
 from migrator.downtime import predict
@@ -23,7 +22,8 @@ from migrator.skipping import Sampled
 from migrator.slowing import Slowing
 from migrator.throttling import slowed_alike
 from migrator.transport import Sender
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import Bitmaps, MutableBitmaps, any_of, count, no_pages, union, without
 
 _log = logging.getLogger(__name__)
 _UNMEASURED_BYTES_PER_S = 500e6  # nothing but zeros was sent so far

@@ -23,7 +23,7 @@ from migrator.settle import in_thread
 from migrator.space import Room, room_of
 from migrator.transport.messages import SideSaid
 from tracker.errors import TrackerError
-from tracker.ram import (
+from tracker.memory.ram import (
     GuestRange,
     RamBlock,
     find_block,

@@ -8,8 +8,8 @@ from typing import Any
 
 from migrator.forecast import Forecast
 from migrator.policy import Limits
-from tracker.heat import History
-from tracker.ram import RamBlock
+from tracker.bits.heat import History
+from tracker.memory.ram import RamBlock
 
 WINDOWS_S = (1, 10, 60)
 """Of what times the working set is told."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from migrator.account import Account
-from migrator.bitmaps import Bitmaps
 from migrator.policy import Decision, Limits, Observation, Verdict
 from migrator.readings import Readings
 from migrator.settle import in_thread
 from migrator.throttling import EASED_MS, LONGEST_MS, Throttling
+from tracker.bits.pageset import Bitmaps
 from tracker.errors import TrackerError
 
 _log = logging.getLogger(__name__)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from migrator.bitmaps import Bitmaps, no_pages, without
-from migrator.brake import Brake
 from migrator.errors import VmError
 from migrator.qmp import Qmp
 from migrator.readings import Collected, Tracking
 from migrator.settle import in_thread
-from tracker.address import check_mapped
-from tracker.bitmap import DirtyBitmap
-from tracker.descriptors import vfio_descriptors
-from tracker.dma import dma_sources
-from tracker.holes import Holes
-from tracker.merge import Merged, merge
-from tracker.ram import check_unmoved
-from tracker.source import DirtySource
-from tracker.uffd import Leave, UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.answered.brake import Brake
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import Merged, merge
+from tracker.bits.pageset import Bitmaps, no_pages, without
+from tracker.devices.descriptors import vfio_descriptors
+from tracker.devices.dma import dma_sources
+from tracker.memory.address import check_mapped
+from tracker.memory.ram import check_unmoved
+from tracker.sources.holes import Holes
+from tracker.sources.source import DirtySource
+from tracker.sources.uffd import Leave, UffdAsync
 
 
 class Sources:
@@ -49,7 +49,8 @@ class Sources:
 
     @property
     def data(self) -> Bitmaps:
-        """Pages that held data at the last reading, by block; see :class:`tracker.holes.Holes`.
+        """Pages that held data at the last reading, by block; see
+        :class:`tracker.sources.holes.Holes`.
 
         Of blocks with a file: the others do not tell.
         """
@@ -91,8 +92,8 @@ class Sources:
         """Read all sources, once.
 
         :param backends_too: ask QEMU for its memory backends as well, which takes milliseconds
-        :param leave: see :meth:`tracker.uffd.UffdAsync.collect`; where the source of CPU writes
-            cannot leave pages unprotected, it is asked all the same
+        :param leave: see :meth:`tracker.sources.uffd.UffdAsync.collect`; where the source of CPU
+            writes cannot leave pages unprotected, it is asked all the same
         :raise TrackerError: a source cannot tell, or RAM was mapped anew: nothing is known
         :raise VmError: memory or a device was plugged
         """
@@ -171,7 +172,7 @@ class Sources:
         await self.slow(percent, longest_ms)
 
     async def slow(self, percent: int, longest_ms: float) -> None:
-        """Change that; see :meth:`tracker.uffdsync.UffdSync.slow`.
+        """Change that; see :meth:`tracker.answered.uffdsync.UffdSync.slow`.
 
         :raise SourceError: nobody answers writes any more
         """

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from migrator.errors import Aborted, NoSpace
 from migrator.phases import Phase, Phases
-from tracker.ram import RamBlock
+from tracker.memory.ram import RamBlock
 
 _LEAST_MARGIN_BYTES = 64 << 20
 _MARGIN_SHARE = 0.02

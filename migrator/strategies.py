@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from migrator.errors import Finding
-from tracker.answering import check_answering
-from tracker.coarse import Compared
-from tracker.contenthash import ContentHash
+from tracker.answered.uffdsync import CHUNK, UffdSync
 from tracker.errors import NotTracking
-from tracker.pagemap import soft_dirty_missing
-from tracker.probe import check_tracking
-from tracker.ram import RamBlock
-from tracker.softdirty import SoftDirty
-from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import CHUNK, UffdSync
+from tracker.memory.ram import RamBlock
+from tracker.probe.answering import check_answering
+from tracker.probe.probe import check_tracking
+from tracker.sources.coarse import Compared
+from tracker.sources.contenthash import ContentHash
+from tracker.sources.pagemap import soft_dirty_missing
+from tracker.sources.softdirty import SoftDirty
+from tracker.sources.source import DirtySource
+from tracker.sources.uffd import UffdAsync
 
 COARSE = "coarse"
 STRATEGIES = (UffdAsync.name, UffdSync.name, SoftDirty.name, ContentHash.name, COARSE)

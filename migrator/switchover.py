@@ -48,7 +48,7 @@ from migrator.settings import SOURCE_CAPABILITIES, SOURCE_PARAMETERS
 from migrator.settle import in_thread, settle, within
 from migrator.standing import ENDED_STATES, Standing, stopped_by_io_error
 from tracker.errors import TrackerError
-from tracker.held import Held
+from tracker.inject.held import Held
 
 _log = logging.getLogger(__name__)
 _STOP_S = 60.0  # QEMU's own first pass: ROMs, video memory

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from pyroaring import BitMap
 
 from migrator.errors import TraceError
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 MAGIC = b"QMTRACE1"
 _FRAME = struct.Struct("<II")
@@ -48,7 +48,7 @@ Pages = NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Block:
-    """A block of RAM; see :class:`tracker.ram.RamBlock`."""
+    """A block of RAM; see :class:`tracker.memory.ram.RamBlock`."""
 
     name: str
     size: int

@@ -18,9 +18,9 @@ from migrator.settle import in_thread, settle
 from migrator.side import guest_findings, mapper_findings, process_findings
 from migrator.sources import Sources
 from migrator.strategies import choose_strategy, cpu_source
-from tracker.address import find_block_at
 from tracker.errors import RamError, TrackerError
-from tracker.ram import GuestRange, RamBlock, find_block, parse_flat_view
+from tracker.memory.address import find_block_at
+from tracker.memory.ram import GuestRange, RamBlock, find_block, parse_flat_view
 
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((.*)\) is 0x([0-9a-f]+)")
 _ENDING_S = 2.0

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from migrator.bitmaps import count
 from migrator.forecast import Curve, forecast
 from migrator.policy import Limits, SendAll
 from migrator.qmp import Qmp
@@ -23,9 +22,10 @@ from migrator.settle import in_thread
 from migrator.sight import WINDOWS_S, Sight, Watched
 from migrator.sources import Sources
 from migrator.trackable import tracked
-from tracker.bitmap import DirtyBitmap
-from tracker.heat import History
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.heat import History
+from tracker.bits.pageset import count
+from tracker.memory.ram import RamBlock
 from tracker.warm import warm_up
 
 _LONGEST_TICK_S = 1.0

@@ -13,7 +13,7 @@ from tracker import child
 def replace(monkeypatch: pytest.MonkeyPatch, module: str, program: str) -> None:
     """Let each helper process whose function is in a module run another program.
 
-    :param module: such as ``tracker.injector``
+    :param module: such as ``tracker.inject.injector``
     :param program: Python; ``{arguments}`` in it becomes the tuple that the function would be given
     """
     usual = child.program

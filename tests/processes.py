@@ -17,6 +17,6 @@ def fault_servers() -> set[int]:
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{entry}/cmdline")
-            if entry.isdigit() and b"tracker.faultserver" in command.read_bytes():
+            if entry.isdigit() and b"tracker.answered.faultserver" in command.read_bytes():
                 found.add(int(entry))
     return found

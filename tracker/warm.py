@@ -6,10 +6,12 @@ compiled on disk, from where it is loaded in less than one.
 
 from __future__ import annotations
 
-from tracker import heat, history, kernels, pagehash, pages, regions, rescale, union
+from tracker.bits import heat, history, regions, rescale, union
+from tracker.bits import words as kernels
+from tracker.memory import pagehash, pages
 
 ROOMS = (kernels, union, rescale, pages, history, heat, regions, pagehash)
-"""All that have kernels, but :mod:`tracker.faults` and what it uses, in a process of its own."""
+"""All that have kernels, but :mod:`tracker.answered.faults`, which a process of its own uses."""
 
 
 def warm_up() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from migrator.harmless import harmless
 from migrator.page import style
 from migrator.report import DirtyMap, MappedBlock
-from tracker import regions
+from tracker.bits import regions
 
 _TICKS = 16
 _LINED = 40  # columns; more are too narrow for lines between them

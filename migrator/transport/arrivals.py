@@ -27,11 +27,13 @@ from migrator.transport.connection import hang_up
 from migrator.transport.frames import CHUNK_UNITS, Frame, Kind, Packing
 from migrator.transport.reservation import Reservation, no_space_to_hold, reserve_all
 from migrator.transport.runs import RUNS_PER_FRAME, UNIT, Runs
-from tracker import kernels, pagehash, rescale
-from tracker.bitmap import DirtyBitmap
+from tracker.bits import rescale
+from tracker.bits import words as kernels
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
-from tracker.extents import data_pages
-from tracker.ram import RamBlock, open_file
+from tracker.memory import pagehash
+from tracker.memory.extents import data_pages
+from tracker.memory.ram import RamBlock, open_file
 from tracker.syscalls import fault_in
 
 _NOWHERE = np.empty(0, np.uint8)

@@ -23,10 +23,10 @@ from migrator.transport.reservation import (
     no_space_to_run,
     reserve_all,
 )
-from tracker.bitmap import DirtyBitmap
-from tracker.extents import data_pages
-from tracker.pages import compare_pages, copy_pages, punch_pages, zero_pages
-from tracker.ram import RamBlock, open_file
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.extents import data_pages
+from tracker.memory.pages import compare_pages, copy_pages, punch_pages, zero_pages
+from tracker.memory.ram import RamBlock, open_file
 from tracker.syscalls import fault_in
 
 _T = TypeVar("_T")

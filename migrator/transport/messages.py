@@ -113,7 +113,7 @@ class RoomSaid(Message):
 
 
 class RangeSaid(Message):
-    """See :class:`tracker.ram.GuestRange`."""
+    """See :class:`tracker.memory.ram.GuestRange`."""
 
     gpa: Annotated[int, Field(ge=0, lt=1 << 64)]
     size: Annotated[int, Field(ge=0, le=1 << 64)]

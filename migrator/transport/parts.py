@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrator.transport.runs import UNIT
-from tracker import rescale
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock, open_file
+from tracker.bits import rescale
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock, open_file
 
 PART_UNITS = 16384
 """Units of a part: what one thread takes at once."""

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 from migrator.errors import NoSpace
 from migrator.space import Room, Shortage, room_of
-from tracker.bitmap import DirtyBitmap
-from tracker.pages import punch_pages, reserve_pages
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.pages import punch_pages, reserve_pages
+from tracker.memory.ram import RamBlock
 
 _log = logging.getLogger(__name__)
 _PART_WORDS = 1024  # 65536 pages between two looks at the space that is left

@@ -5,8 +5,8 @@ little-endian on the wire and here, in ascending order, no two with a unit in co
 *units* of 4096 bytes from the start of the block, whatever its page size. The content of the runs
 without ``zeros`` follows, one after the other; the others have none, and read as zeros.
 
-For *words* and *memory* see :mod:`tracker.kernels`. With ``NUMBA_DISABLE_JIT=1`` this file runs as
-plain Python.
+For *words* and *memory* see :mod:`tracker.bits.words`. With ``NUMBA_DISABLE_JIT=1`` this file runs
+as plain Python.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import errno
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker import native
+from tracker.bits import native
+from tracker.bits.words import ONE, ZERO, Memory, Words, fits, kernel
 from tracker.errors import BitmapError
-from tracker.kernels import ONE, ZERO, Memory, Words, fits, kernel
-from tracker.pages import is_zero
+from tracker.memory.pages import is_zero
 
 Runs = NDArray[np.uint64]
 

@@ -31,10 +31,11 @@ from migrator.transport.runs import UNIT
 from migrator.transport.sending import Stream
 from migrator.transport.session import Applied, Session
 from migrator.warm import warm_up
-from tracker import kernels, pagehash
-from tracker.bitmap import DirtyBitmap
-from tracker.extents import data_pages
-from tracker.ram import RamBlock
+from tracker.bits import words as kernels
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory import pagehash
+from tracker.memory.extents import data_pages
+from tracker.memory.ram import RamBlock
 
 _STANDING_S = 30.0  # a guest does not stand longer for a sending
 _SLOWEST_BYTES_PER_S = 1e8  # nor for a comparison, of so many more

@@ -16,8 +16,8 @@ from bench.pulse import Pulse, Side
 from migrator.qmp import Qmp
 from migrator.vm import RunDirectory, Vm
 from tests.conftest import require
-from tracker.ram import find_block
-from tracker.uffd import UffdAsync
+from tracker.memory.ram import find_block
+from tracker.sources.uffd import UffdAsync
 
 TIMEOUT_S = 300.0
 

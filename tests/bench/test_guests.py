@@ -15,7 +15,7 @@ from migrator.guest import MIB, PAGE_SIZE
 from tests.bench.running import Running, run
 from tests.live.moving import VERIFIED
 from tests.live.qemus import SYSTEM
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 live = pytest.mark.live
 

@@ -55,7 +55,7 @@ def test_which_targets_are_met() -> None:
 
 
 def test_a_kernel_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tracker.kernels.popcount", lambda words: 1)
+    monkeypatch.setattr("tracker.bits.words.popcount", lambda words: 1)
     case = Case("count", 0.0625, 0.5)
     with pytest.raises(kernels.Differs):
         list(kernels.measure([case], 1, lambda _: None))

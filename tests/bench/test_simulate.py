@@ -22,7 +22,7 @@ from migrator.downtime import Fixed
 from migrator.policy import Limits, PolicyName
 from migrator.report import Report, Round
 from migrator.trace import Block, Header, Record, Trace, Writer
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 PAGE = 4096
 NPAGES = 16_384

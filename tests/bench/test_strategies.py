@@ -22,10 +22,10 @@ from bench.strategy import Strategy
 from bench.watcher import Watcher, WatchingFailed
 from tests.live.qemus import SYSTEM
 from tests.live.tracked import tracked
-from tracker.bitmap import DirtyBitmap
-from tracker.pagemap import soft_dirty_missing
-from tracker.ram import RamBlock
-from tracker.uffd import UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
+from tracker.sources.pagemap import soft_dirty_missing
+from tracker.sources.uffd import UffdAsync
 
 TIMEOUT_S = 300.0
 

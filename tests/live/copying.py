@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.live.tracked import NAME, Mirror, Tracked
-from tracker.bitmap import DirtyBitmap
-from tracker.coarse import Compared
-from tracker.contenthash import ContentHash
-from tracker.extents import data_pages
-from tracker.pagehash import selected_digests
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.extents import data_pages
+from tracker.memory.pagehash import selected_digests
+from tracker.sources.coarse import Compared
+from tracker.sources.contenthash import ContentHash
 
 
 class Copy:

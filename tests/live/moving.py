@@ -13,7 +13,7 @@ from migrator import Limits, Options, Progress, Report, migrate
 from migrator.phases import Phase
 from migrator.vm import Vm
 from tests.live.vms import Machine, Pair
-from tracker.ram import RamBlock, find_block, open_file
+from tracker.memory.ram import RamBlock, find_block, open_file
 
 Watch = Callable[[Progress], None]
 

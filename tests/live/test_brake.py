@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 import numpy as np
 import pytest
 
-from migrator.brake import Brake
 from tests.live.tracked import (
     HUGE,
     NAME,
@@ -29,12 +28,14 @@ from tests.live.tracked import (
 )
 from tests.processes import fault_servers, is_running
 from tests.tracker.targets import injectors, wait_until
-from tracker import inject, uffdsync
-from tracker.bitmap import DirtyBitmap
+from tracker.answered import uffdsync
+from tracker.answered.brake import Brake
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import NotTracking, SourceError
-from tracker.ram import RamBlock
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.inject import acquire as inject
+from tracker.memory.ram import RamBlock
+from tracker.sources.uffd import UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

@@ -23,11 +23,11 @@ from tests.live.tracked import (
     tracked,
 )
 from tests.tracker.targets import wait_until
-from tracker.bitmap import DirtyBitmap
-from tracker.coarse import Compared
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import SourceError
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.sources.coarse import Compared
+from tracker.sources.uffd import UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

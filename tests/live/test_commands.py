@@ -207,8 +207,8 @@ def test_a_linux_guest_notices_pages_that_were_lost(leftovers: Leftovers, tmp_pa
 
 _LOSSY = """
 from migrator.cli import main
-from tracker.bitmap import DirtyBitmap
-from tracker.uffd import UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources.uffd import UffdAsync
 collect = UffdAsync.collect
 def lossy(self, leave=None):
     return {name: DirtyBitmap.empty(found.npages) for name, found in collect(self, leave).items()}

@@ -25,9 +25,9 @@ from tests.live.tracked import (
     tmpfs,
     tracked,
 )
-from tracker.bitmap import DirtyBitmap
-from tracker.contenthash import ContentHash
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import BitmapError, SourceError
+from tracker.sources.contenthash import ContentHash
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

@@ -17,7 +17,7 @@ from tests.live.moving import Ram, TwoKinds, move
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.tracked import pages
 from tests.live.vms import Machine, pair
-from tracker.uffd import UffdAsync
+from tracker.sources.uffd import UffdAsync
 
 pytestmark = pytest.mark.live
 

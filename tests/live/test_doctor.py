@@ -18,8 +18,8 @@ from migrator import doctor
 from migrator.doctor import Check
 from tests.conftest import require
 from tests.tracker.targets import wait_until
-from tracker.matrix import count
-from tracker.probe import PROBES
+from tracker.pins.matrix import count
+from tracker.probe.probe import PROBES
 
 pytestmark = pytest.mark.live
 

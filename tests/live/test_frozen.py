@@ -17,7 +17,7 @@ from tests.conftest import require
 from tests.live.tracked import Tracked, tmpfs, tracked
 from tests.tracker.targets import status, wait_until
 from tracker.errors import InjectionError, TargetGone
-from tracker.frozen import frozen
+from tracker.inject.frozen import frozen
 
 pytestmark = pytest.mark.live
 
@@ -76,7 +76,7 @@ def test_the_process_goes_on_when_the_freezer_is_killed(child: Tracked) -> None:
 def test_the_process_goes_on_when_we_are_killed(child: Tracked) -> None:
     program = (
         "import sys, time\n"
-        "from tracker.frozen import frozen\n"
+        "from tracker.inject.frozen import frozen\n"
         f"with frozen({child.pid}):\n"
         "    print('frozen', flush=True)\n"
         "    time.sleep(1000)\n"
@@ -138,6 +138,6 @@ def test_a_kernel_thread_that_writes_for_the_process(child: Tracked, tmp_path: P
 
 
 def test_a_freezer_that_says_nothing(child: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
-    children.replace(monkeypatch, "tracker.freezer", "import sys; sys.exit('it broke')")
+    children.replace(monkeypatch, "tracker.inject.freezer", "import sys; sys.exit('it broke')")
     with pytest.raises(InjectionError, match="it broke"), frozen(child.pid):
         pytest.fail("nobody stopped it")

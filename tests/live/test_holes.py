@@ -29,11 +29,11 @@ from tests.live.tracked import (
     tracked,
     tracking,
 )
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import SourceError
-from tracker.holes import Holes
-from tracker.pages import punch_pages
-from tracker.ram import RamBlock, open_file
+from tracker.memory.pages import punch_pages
+from tracker.memory.ram import RamBlock, open_file
+from tracker.sources.holes import Holes
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

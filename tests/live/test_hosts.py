@@ -23,8 +23,8 @@ from tests.live.moving import Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.sending import MIGRATOR, SMALL, Road, eventually, on_a_road, state
 from tests.live.vms import MIB, Pair
-from tracker.bitmap import DirtyBitmap
-from tracker.uffd import Leave
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources.uffd import Leave
 
 pytestmark = pytest.mark.live
 

@@ -30,8 +30,8 @@ from tests.live.reader_guest import Reader, Reading, boot_image, listing
 from tests.live.slowdisk import Read, SlowDisk, content, slow_disk
 from tests.live.tracked import NAME, PAGE, pages
 from tests.live.vms import Pair, pair
-from tracker.ram import find_block, open_file
-from tracker.uffd import UffdAsync
+from tracker.memory.ram import find_block, open_file
+from tracker.sources.uffd import UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

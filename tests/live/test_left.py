@@ -14,8 +14,8 @@ import pytest
 
 from tests.live.test_uffd import FileSystem, each_file_system, populated
 from tests.live.tracked import NAME, Mirror, Tracked, Tracker, pages
-from tracker.bitmap import DirtyBitmap
-from tracker.uffd import Leave, UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources.uffd import Leave, UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

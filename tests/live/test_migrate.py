@@ -14,7 +14,7 @@ from migrator.guest import check_walk
 from migrator.qmp import Qmp
 from tests.live.moving import VERIFIED
 from tests.live.vms import MIB, Machine, pair
-from tracker.ram import find_block, open_file
+from tracker.memory.ram import find_block, open_file
 
 pytestmark = pytest.mark.live
 

@@ -18,7 +18,7 @@ from tests.live.moving import VERIFIED, Ram, Watch, check_still_at_source, move,
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.test_unseen import stopping_first
 from tests.live.vms import MIB, Machine, Pair, pair
-from tracker.held import Held
+from tracker.inject.held import Held
 
 pytestmark = pytest.mark.live
 

@@ -24,9 +24,9 @@ from migrator.vm import Vm
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
-from tracker.bitmap import DirtyBitmap
-from tracker.holes import Holes
-from tracker.uffd import Leave, UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources.holes import Holes
+from tracker.sources.uffd import Leave, UffdAsync
 
 pytestmark = pytest.mark.live
 

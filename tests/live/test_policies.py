@@ -25,8 +25,8 @@ from migrator.transport.local import LocalCopy
 from tests.live.moving import VERIFIED, Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
-from tracker.bitmap import DirtyBitmap
-from tracker.uffd import Leave
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources.uffd import Leave
 
 pytestmark = pytest.mark.live
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.live.slowdisk import Read, SlowDisk, content, slow_disk
 from tests.live.tracked import PAGE, Mirror, Tracked, Tracker, pages, tracked, tracking
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.live.tracked import HUGE, PAGE, Tracked, ext4, huge_tmpfs, hugetlbfs, tmpfs, tracked
-from tracker import softdirty
 from tracker.errors import NotTracking, SourceError
-from tracker.pagemap import soft_dirty_missing
-from tracker.softdirty import SoftDirty
+from tracker.sources import softdirty
+from tracker.sources.pagemap import soft_dirty_missing
+from tracker.sources.softdirty import SoftDirty
 
 pytestmark = pytest.mark.live
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from migrator import Aborted, Limits, Options, Progress, Report, migrate
-from migrator.bitmaps import Bitmaps
-from migrator.brake import Brake
 from migrator.errors import Failed, Refused
 from migrator.guest import Workload
 from migrator.throttling import AUTO
@@ -22,11 +20,14 @@ from tests.live.moving import VERIFIED, Ram, check_still_at_source
 from tests.live.sending import Road, eventually, on_a_road
 from tests.live.vms import MIB, Machine, Pair, pair
 from tests.processes import fault_servers
-from tracker import inject, uffdsync
-from tracker.bitmap import DirtyBitmap
+from tracker.answered import uffdsync
+from tracker.answered.brake import Brake
+from tracker.answered.hotranges import hot_ranges
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import Bitmaps
 from tracker.errors import NotTracking
-from tracker.hotranges import hot_ranges
-from tracker.uffdsync import UffdSync
+from tracker.inject import acquire as inject
 
 pytestmark = pytest.mark.live
 
@@ -305,7 +306,7 @@ def spot_is_written_while_nobody_looks(monkeypatch: pytest.MonkeyPatch, vms: Pai
         return spans
 
     monkeypatch.setattr(UffdSync, "start", late)
-    monkeypatch.setattr("migrator.brake.hot_ranges", with_spot)
+    monkeypatch.setattr("tracker.answered.brake.hot_ranges", with_spot)
 
 
 def test_what_is_written_while_it_is_handed_over_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,13 @@ from tests.live.tracked import (
     tracking,
 )
 from tests.tracker.targets import injectors, wait_until
-from tracker import uffd
 from tracker.abi import userfaultfd
 from tracker.abi.uio import iovec
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import MapChanged, SourceError
-from tracker.inject import acquire_userfaultfd
-from tracker.ram import check_unmoved, other_mappers
+from tracker.inject.acquire import acquire_userfaultfd
+from tracker.memory.ram import check_unmoved, other_mappers
+from tracker.sources import uffd
 from tracker.syscalls import uffd_api, uffd_register
 from tracker.warm import warm_up
 

@@ -42,12 +42,13 @@ from tests.live.tracked import (
 )
 from tests.processes import fault_servers, is_running
 from tests.tracker.targets import injectors, wait_until
-from tracker import inject, uffdsync
 from tracker.abi.uio import iovec
-from tracker.bitmap import DirtyBitmap
+from tracker.answered import uffdsync
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import NotTracking, SourceError
-from tracker.ram import RamBlock
-from tracker.uffdsync import UffdSync
+from tracker.inject import acquire as inject
+from tracker.memory.ram import RamBlock
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live
@@ -148,8 +149,8 @@ TAKING = """
 import sys
 sys.path.append(sys.argv[1])
 import numpy as np
-from tracker import faults, faultserver
-from tracker.faults import take
+from tracker.answered import faults, faultserver
+from tracker.answered.faults import take
 
 armed = False
 
@@ -203,7 +204,7 @@ def test_a_server_that_is_replaced_loses_nothing_if_it_takes_rightly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # what the tests after this one rest on
-    children.replace(monkeypatch, "tracker.faultserver", TAKING.replace("{body}", RIGHT))
+    children.replace(monkeypatch, "tracker.answered.faultserver", TAKING.replace("{body}", RIGHT))
     assert not some_round_differs(10)
 
 
@@ -211,7 +212,7 @@ def test_a_server_that_is_replaced_loses_nothing_if_it_takes_rightly(
 def test_taking_bits_and_protecting_are_one_step(
     body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children.replace(monkeypatch, "tracker.faultserver", TAKING.replace("{body}", body))
+    children.replace(monkeypatch, "tracker.answered.faultserver", TAKING.replace("{body}", body))
     assert some_round_differs(50), "nothing was lost: then this could not be noticed either"
 
 
@@ -495,7 +496,7 @@ def test_a_process_that_is_gone_is_not_clean() -> None:
 
 
 def test_a_server_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    children.replace(monkeypatch, "tracker.faultserver", "raise SystemExit('no')")
+    children.replace(monkeypatch, "tracker.answered.faultserver", "raise SystemExit('no')")
     with tracked() as child:
         before = set(os.listdir("/proc/self/fd"))
         with pytest.raises(SourceError, match=r"nobody answers write faults.*: no$"):

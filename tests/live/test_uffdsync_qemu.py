@@ -14,10 +14,10 @@ from migrator.phases import Phase
 from tests.live.moving import VERIFIED, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import Machine, pair
-from tracker.bitmap import DirtyBitmap
+from tracker.answered.uffdsync import UffdSync
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import NotTracking
-from tracker.ram import RamBlock
-from tracker.uffdsync import UffdSync
+from tracker.memory.ram import RamBlock
 
 pytestmark = pytest.mark.live
 

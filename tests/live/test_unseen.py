@@ -24,9 +24,9 @@ from migrator.side import Side
 from tests.live.moving import VERIFIED, Ram, Watch, move, once
 from tests.live.test_pages import LENGTH, SPOT, fails, with_pair
 from tests.live.vms import MIB, Machine, Pair
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import GuestRange, RamBlock
-from tracker.source import DirtySource
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import GuestRange, RamBlock
+from tracker.sources.source import DirtySource
 
 pytestmark = pytest.mark.live
 

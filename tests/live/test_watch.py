@@ -45,13 +45,13 @@ from tests.live.watching import (
     with_source,
 )
 from tests.tracker.mapper import Mapper
-from tracker.address import find_block_at
-from tracker.contenthash import ContentHash
-from tracker.pagemap import soft_dirty_missing
-from tracker.ram import RamBlock
-from tracker.softdirty import SoftDirty
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.answered.uffdsync import UffdSync
+from tracker.memory.address import find_block_at
+from tracker.memory.ram import RamBlock
+from tracker.sources.contenthash import ContentHash
+from tracker.sources.pagemap import soft_dirty_missing
+from tracker.sources.softdirty import SoftDirty
+from tracker.sources.uffd import UffdAsync
 
 pytestmark = pytest.mark.live
 

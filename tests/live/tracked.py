@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from tests.conftest import require
 from tests.tracker.targets import descriptors
-from tracker.bitmap import DirtyBitmap
-from tracker.holes import Holes
-from tracker.merge import merge
-from tracker.ram import RamBlock, find_block
-from tracker.source import DirtySource
-from tracker.uffd import UffdAsync
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import merge
+from tracker.memory.ram import RamBlock, find_block
+from tracker.sources.holes import Holes
+from tracker.sources.source import DirtySource
+from tracker.sources.uffd import UffdAsync
 
 PAGE = 4096
 HUGE = 2 << 20

@@ -18,10 +18,10 @@ from migrator.strategies import COARSE
 from migrator.watch import Options, watch
 from tests.live.vms import MIB, Machine, Pair, pair
 from tests.processes import is_running
-from tracker.contenthash import ContentHash
-from tracker.softdirty import SoftDirty
-from tracker.uffd import UffdAsync
-from tracker.uffdsync import UffdSync
+from tracker.answered.uffdsync import UffdSync
+from tracker.sources.contenthash import ContentHash
+from tracker.sources.softdirty import SoftDirty
+from tracker.sources.uffd import UffdAsync
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 SPOT = 160 * MIB

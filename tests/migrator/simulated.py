@@ -12,8 +12,8 @@ from bench.simulate import NEVER_SLOWED, migrate
 from migrator.decisions import Policy
 from migrator.policy import Decision, Verdict
 from migrator.throttling import Throttling
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 PAGE = 4096
 _COLLECT_MS = 2.0

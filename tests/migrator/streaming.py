@@ -22,7 +22,7 @@ from migrator.transport.session import Link, Session
 from migrator.transport.stream import StreamCopy
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Mapper, Ram
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 LOOPBACK = "127.0.0.1"
 _END_S = 10.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from migrator.deferral import Choice, Heat, hottest, room
 from tests.tracker import naive
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 NPAGES = {"small": 130, "huge": 5}
 SIZES = {"small": 4096, "huge": 3 * 4096}

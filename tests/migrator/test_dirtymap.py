@@ -10,8 +10,8 @@ from migrator.dirtymap import REGIONS, Recorder
 from migrator.phases import Phase
 from migrator.report import DirtyMap, Round
 from tests.tracker import naive
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 HUGE = 2 << 20
 BLOCKS = (
@@ -96,7 +96,7 @@ def test_nothing_is_counted_while_the_guest_stands(monkeypatch: pytest.MonkeyPat
         counted.append(regions)
         return np.array(naive.by_region(naive.pages_of(pages.words), pages.npages, regions))
 
-    monkeypatch.setattr("tracker.regions.by_region", by_region)
+    monkeypatch.setattr("tracker.bits.regions.by_region", by_region)
     account.phases.enter(Phase.ROUNDS)
     account.begin(Round(1, {}, {}, 0))
     account.note_dirty(bitmaps(some(1)))

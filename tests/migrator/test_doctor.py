@@ -18,8 +18,8 @@ from rich.console import Console
 import migrator
 from migrator import doctor
 from migrator.doctor import Check
-from tracker import probe, trial
-from tracker.probe import Outcome
+from tracker.probe import probe, trial
+from tracker.probe.probe import Outcome
 
 PASSED = Check("one", "passed", "fine")
 WARNED = Check("two", "warning", "so so", "mind it")

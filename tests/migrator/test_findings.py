@@ -29,7 +29,7 @@ from migrator.findings import (
 from migrator.qmp import MemoryBackend, Qmp
 from migrator.vm import RunDirectory, Vm
 from tests.conftest import require
-from tracker.ram import GuestRange, RamBlock, find_block, parse_flat_view
+from tracker.memory.ram import GuestRange, RamBlock, find_block, parse_flat_view
 
 QEMU = "qemu-system-x86_64"
 GIB = 1 << 30

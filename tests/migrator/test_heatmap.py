@@ -11,9 +11,9 @@ from migrator.forecast import Forecast
 from migrator.heatmap import HEIGHTS, legend, level, lines, strip
 from migrator.policy import Limits
 from migrator.sight import Sight, Watched
-from tracker.bitmap import DirtyBitmap
-from tracker.heat import History
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.heat import History
+from tracker.memory.ram import RamBlock
 
 MIB = 1 << 20
 BLOCK = RamBlock("ram0", 64 * MIB, 4096, 0x7F0000000000, 1, 2)

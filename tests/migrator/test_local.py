@@ -22,7 +22,7 @@ from migrator.transport import Comparison, Sent, local
 from migrator.transport.local import LocalCopy
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Ram, disk_directory, shm_directory, small_tmpfs
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import RamError
 
 NPAGES = 200

@@ -1,4 +1,4 @@
-"""The pin matrix as people and programs get it; that it is right: tests/tracker/test_pins.py."""
+"""The pin matrix as people and programs get it; tests/tracker/pins/test_pins.py: it is right."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from migrator import pins
-from tracker.matrix import Experiment
-from tracker.pins import Answer, Finding
+from tracker.pins.matrix import Experiment
+from tracker.pins.pins import Answer, Finding
 
 YES, NO = Finding("yes", "2 of 2 pages"), Finding("no", "0 of 4 pages")
 NONE = Finding("not applicable", "there is no pin")

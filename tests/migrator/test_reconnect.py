@@ -18,7 +18,7 @@ from migrator.transport.session import Applied, Link, Session
 from migrator.transport.stream import StreamCopy
 from tests.migrator.test_local import Sides, noise
 from tests.tracker.mapper import shm_directory
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 NPAGES = 3 * UNITS_PER_FRAME
 

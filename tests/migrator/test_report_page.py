@@ -20,8 +20,8 @@ from migrator.dirtymap import Recorder
 from migrator.errors import Aborted, Finding, QmpUnreachable, Refused
 from migrator.page import memory, migration, spans
 from migrator.report import DirtyMap, MappedBlock, MapRow, Report, Round
-from tracker.bitmap import DirtyBitmap
-from tracker.ram import RamBlock
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.memory.ram import RamBlock
 
 MIB = 1 << 20
 BLOCK = RamBlock("ram", 64 * MIB, 4096, 0x7000_0000_0000, 1, 2)

@@ -1,6 +1,6 @@
 """The loops between a RAM block and the wire against the naive oracle, on real files and sockets.
 
-This module runs twice: compiled, and as plain Python (see :mod:`tests.tracker.test_kernels`).
+This module runs twice: compiled, and as plain Python (see :mod:`tests.tracker.bits.test_words`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from migrator.transport import runs as run_loops
 from migrator.transport.runs import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
 from tests.live.conftest import hugetlbfs  # noqa: F401 (a fixture)
 from tests.tracker import naive
+from tests.tracker.bits.test_words import INTERPRETED, ROOT, subsets
 from tests.tracker.mapper import small_tmpfs
+from tests.tracker.memory.test_pages import KINDS, TmpfsFile, tmpfs_files
 from tests.tracker.naive import Run, units_of
-from tests.tracker.test_kernels import INTERPRETED, ROOT, subsets
-from tests.tracker.test_pages import KINDS, TmpfsFile, tmpfs_files
 from tracker.errors import BitmapError
 
 Runs = NDArray[np.uint64]

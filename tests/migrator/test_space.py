@@ -33,7 +33,7 @@ from tests.migrator.streaming import connected
 from tests.migrator.test_local import Sides, data_of, everything, noise, pages, put
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Ram, shm_directory, small_tmpfs
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 MIB = 1 << 20
 GIB = 1 << 30

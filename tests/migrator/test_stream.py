@@ -25,7 +25,7 @@ from tests.live.conftest import hugetlbfs  # noqa: F401 (a fixture)
 from tests.migrator.streaming import LOOPBACK, NEVER, Cut, Hosts, Side, connected
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, shm_directory, small_tmpfs
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 _T = TypeVar("_T")
 ODD = 512 * 2 + 64 + 7

@@ -21,7 +21,7 @@ from migrator.plan import Plan
 from migrator.qmp import Event, MemoryBackend, Qmp
 from migrator.switchover import Switchover
 from tests.live.vms import pair
-from tracker.ram import RamBlock
+from tracker.memory.ram import RamBlock
 
 STATE = b"device state\0\6"
 END = b"\0\6\0\0\0\2{}"

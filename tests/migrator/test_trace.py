@@ -13,7 +13,7 @@ from pyroaring import BitMap
 
 from migrator.errors import TraceError
 from migrator.trace import MAGIC, Block, Header, Trace, Writer, numbers, page_numbers, read, united
-from tracker.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap
 
 BLOCKS = (Block("low", 300 * 4096, 4096), Block("huge", 5 << 21, 2 << 20))
 HEADER = Header(BLOCKS, 0.05, "uffd", "10.0.2", ("not seen: ä",))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import require
-from tracker.ram import RamBlock, find_block
+from tracker.memory.ram import RamBlock, find_block
 
 PAGE = 4096
 

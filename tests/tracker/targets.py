@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tracker.inject import AcquiredUffd, acquire_userfaultfd
+from tracker.inject.acquire import AcquiredUffd, acquire_userfaultfd
 
 SOURCE = Path(__file__).with_name("target.c")
 
@@ -98,7 +98,7 @@ def injectors(pid: int) -> list[int]:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            if b"tracker.injector" in command and target in command:
+            if b"tracker.inject.injector" in command and target in command:
                 found.append(int(entry))
     return found
 
@@ -118,7 +118,7 @@ def start_tracer(pid: int, program: str) -> subprocess.Popen[str]:
         "import os, signal, time\n"
         "from tracker import injector, tracee\n"
         "from tracker.abi import ptrace\n"
-        "from tracker.tracee import Tracee\n"
+        "from tracker.inject.tracee import Tracee\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])\n"
         f"pid, deadline = {pid}, time.monotonic() + 5\n"
     )

@@ -17,7 +17,7 @@ from tests.conftest import require
 from tracker import syscalls
 from tracker.abi import ptrace, unistd, userfaultfd
 from tracker.abi.pagemap import PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING
-from tracker.registers import machine_of
+from tracker.inject.registers import machine_of
 
 PAGE = mmap.PAGESIZE
 NPAGES = 16

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.lab.inside.devices import Device
-from tracker.descriptors import Kind, copy_descriptors, vfio_descriptors
-from tracker.ram import RamBlock, find_block
+from tracker.devices.descriptors import Kind, copy_descriptors, vfio_descriptors
+from tracker.memory.ram import RamBlock, find_block
 
 PAGE = 4096
 NPAGES = 128

@@ -15,12 +15,12 @@ from migrator.qmp import Qmp
 from tests.lab.inside.devices import Device
 from tests.live.vms import MIB, Machine, pair
 from tests.tracker import naive
-from tracker.descriptors import Kind, copy_descriptors, vfio_descriptors
-from tracker.devicelog import DeviceLog, can_log, start_logging
-from tracker.dma import dma_sources
+from tracker.devices.descriptors import Kind, copy_descriptors, vfio_descriptors
+from tracker.devices.devicelog import DeviceLog, can_log, start_logging
+from tracker.devices.dma import dma_sources
+from tracker.devices.vfio import VfioType1
 from tracker.errors import SourceError
-from tracker.ram import GuestRange, RamBlock, find_block, parse_flat_view
-from tracker.vfio import VfioType1
+from tracker.memory.ram import GuestRange, RamBlock, find_block, parse_flat_view
 
 SIZE = 64 * MIB
 BEAT_S = 300.0

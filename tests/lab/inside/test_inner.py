@@ -16,7 +16,7 @@ from tests.live.moving import Ram
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.tracked import pages
 from tests.live.vms import Machine
-from tracker.uffd import UffdAsync
+from tracker.sources.uffd import UffdAsync
 
 
 async def check_missed(guest: Guest) -> None:

@@ -19,8 +19,8 @@ import pytest
 from tests.lab.inside.devices import Device, bound_to_vfio, find_edu
 from tests.live.vms import MIB, Machine, pair
 from tracker.abi.ioctl import io
-from tracker.kernels import popcount
-from tracker.probe import PROBES, free_huge_pages, try_everything
+from tracker.bits.words import popcount
+from tracker.probe.probe import PROBES, free_huge_pages, try_everything
 
 PAGE = mmap.PAGESIZE
 HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")

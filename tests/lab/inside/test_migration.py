@@ -19,10 +19,10 @@ from tests.lab.inside.test_mdev import passed_through
 from tests.live.dma import Guest
 from tests.live.moving import TwoKinds, Watch, move, once
 from tests.live.vms import MIB, Machine, Pair, pair
-from tracker.dma import dma_sources
-from tracker.ram import GuestRange, RamBlock
-from tracker.source import DirtySource
-from tracker.vfio import VfioType1
+from tracker.devices.dma import dma_sources
+from tracker.devices.vfio import VfioType1
+from tracker.memory.ram import GuestRange, RamBlock
+from tracker.sources.source import DirtySource
 
 REHEARSAL = Options(limits=Limits(on_limit="force", max_rounds=5), memory_only=True)
 
@@ -83,7 +83,7 @@ def test_what_a_device_wrote_is_not_lost(
                 assert lost is not None
             compared = await rehearse(guest)
             with monkeypatch.context() as patched:
-                patched.setattr("tracker.dma.VfioType1", Sending)
+                patched.setattr("tracker.devices.dma.VfioType1", Sending)
                 patched.setattr("migrator.rehearsal._LOOKS", 0)  # which would never be the last
                 sent = await rehearse(guest, replace(REHEARSAL, policy="send-all"))
             await guest.until_beats(3)
@@ -196,7 +196,7 @@ def test_a_device_that_qemu_can_migrate_moves(
 ) -> None:
     """Whoever tells what it writes by DMA, which is nothing, does so until the hand-over only."""
     if reader == "vfio":
-        monkeypatch.setattr("tracker.dma.can_log", lambda device: False)
+        monkeypatch.setattr("tracker.devices.dma.can_log", lambda device: False)
     option = f",x-pre-copy-dirty-page-tracking={tracking}"
     (flag, ours), (_, theirs) = passed_through(make_mtty()), passed_through(make_mtty())
     machine = Machine(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tracker.pins import NPAGES, SCENARIOS
+from tracker.pins.pins import NPAGES, SCENARIOS
 
 HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 TRACKERS = ("uffd async", "uffd sync", "soft-dirty")

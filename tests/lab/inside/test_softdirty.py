@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.live.tracked import MADV_DONTNEED, NAME, Mirror, Tracked, pages, tmpfs, tracked
-from tracker import softdirty
-from tracker.bitmap import DirtyBitmap
-from tracker.holes import Holes
-from tracker.pagemap import clear_soft_dirty
-from tracker.softdirty import SoftDirty
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.sources import softdirty
+from tracker.sources.holes import Holes
+from tracker.sources.pagemap import clear_soft_dirty
+from tracker.sources.softdirty import SoftDirty
 
 NPAGES = 1024
 

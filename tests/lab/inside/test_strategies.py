@@ -12,7 +12,7 @@ from migrator.guest import MIB
 from tests.live.qemus import SYSTEM
 from tests.live.vms import Machine
 from tests.live.watching import sees_the_working_set
-from tracker.softdirty import SoftDirty
+from tracker.sources.softdirty import SoftDirty
 
 SUITE = """
 grids:

@@ -12,17 +12,17 @@ import pytest
 from tests.lab.inside.devices import Device
 from tests.lab.inside.owned import NPAGES, PAGE, Owned, owned
 from tests.tracker import naive
-from tracker import inject
 from tracker.abi import vfio as abi
-from tracker.bitmap import DirtyBitmap
-from tracker.descriptors import Kind, vfio_descriptors
-from tracker.devicelog import DeviceLog, can_log
-from tracker.dma import dma_sources
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.merge import merge
+from tracker.devices.descriptors import Kind, vfio_descriptors
+from tracker.devices.devicelog import DeviceLog, can_log
+from tracker.devices.dma import dma_sources
+from tracker.devices.vfio import VfioType1, dirty_bitmap, dirty_tracking, iommu_info
 from tracker.errors import SourceError
-from tracker.merge import merge
-from tracker.ram import GuestRange
-from tracker.uffd import UffdAsync
-from tracker.vfio import VfioType1, dirty_bitmap, dirty_tracking, iommu_info
+from tracker.inject import acquire as inject
+from tracker.memory.ram import GuestRange
+from tracker.sources.uffd import UffdAsync
 
 A, B = 0x100000, 0x800000  # IOVA of two mappings, which edu reaches
 SEEN = [GuestRange(A, 48 * PAGE, "ram", 0), GuestRange(B, 64 * PAGE, "ram", 48 * PAGE)]

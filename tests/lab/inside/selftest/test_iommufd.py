@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import tracker.iommufd
+import tracker.devices.iommufd
 from tests.lab.inside.selftest.mock_iommu import (
     APERTURE_START,
     HUGE_IO_PAGE,
@@ -26,18 +26,18 @@ from tests.lab.inside.selftest.mock_iommu import (
     NO_DIRTY,
     MockIommu,
 )
-from tracker.bitmap import DirtyBitmap
-from tracker.descriptors import Kind, vfio_descriptors
-from tracker.errors import SourceError
-from tracker.ioas import (
+from tracker.bits.bitmap import DirtyBitmap
+from tracker.devices.descriptors import Kind, vfio_descriptors
+from tracker.devices.ioas import (
     address_spaces,
     devices,
     get_dirty_bitmap,
     page_tables,
     set_dirty_tracking,
 )
-from tracker.iommufd import Iommufd
-from tracker.ram import GuestRange, RamBlock
+from tracker.devices.iommufd import Iommufd
+from tracker.errors import SourceError
+from tracker.memory.ram import GuestRange, RamBlock
 
 PAGE = 4096
 KIB, MIB = 1 << 10, 1 << 20
@@ -367,7 +367,7 @@ def test_a_start_that_fails_half_way_is_undone(
             enabled.append(hwpt)
         set_dirty_tracking(fd, hwpt, enable)
 
-    monkeypatch.setattr(tracker.iommufd, "set_dirty_tracking", fails_second)
+    monkeypatch.setattr(tracker.devices.iommufd, "set_dirty_tracking", fails_second)
     with memory(PAGE) as address:
         iommu.map(address, PAGE, APERTURE_START)
         tables = {iommu.attach(), iommu.attach()}

@@ -19,11 +19,11 @@ from migrator.guest import Workload
 from migrator.qmp import Qmp
 from tests.lab.inside.selftest.mock_iommu import APERTURE_START, MockIommu
 from tests.live.vms import MIB, Machine, Pair, pair
-from tracker import inject
-from tracker.iommufd import Iommufd
-from tracker.merge import Merged, merge
-from tracker.ram import GuestRange, RamBlock, find_block, open_file
-from tracker.uffd import UffdAsync
+from tracker.bits.merge import Merged, merge
+from tracker.devices.iommufd import Iommufd
+from tracker.inject import acquire as inject
+from tracker.memory.ram import GuestRange, RamBlock, find_block, open_file
+from tracker.sources.uffd import UffdAsync
 
 PAGE = mmap.PAGESIZE
 SIZE = 64 * MIB

@@ -1,0 +1,1 @@
+"""RAM blocks of a process, and what is in their pages."""

@@ -1,0 +1,1 @@
+"""Pages that are pinned, tried on this kernel: what is seen of writes through a pin."""

@@ -1,0 +1,1 @@
+"""Does this kernel track writes as it has to? Tried on memory of another process."""
