@@ -1,4 +1,4 @@
-"""Whether a process runs (:mod:`bench.processes`), and which ones do, for tests."""
+"""Whether a process runs (:mod:`bench.hosts.processes`), and which ones do, for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from bench.processes import is_running
+from bench.hosts.processes import is_running
 
 __all__ = ["fault_servers", "is_running"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.guests import Guest, GuestError
-from bench.pulse import Pulse, Side
+from bench.guests.guests import Guest, GuestError
+from bench.guests.pulse import Pulse, Side
 from migrator.qmp import Qmp
 from migrator.vm import RunDirectory, Vm
 from tests.conftest import require

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import growth
-from bench.cli import main
-from bench.page import bars, markdown, versus
+from bench.cli.main import main
+from bench.page import bars, markdown
 from bench.page.bars import Bar
+from bench.strategies import growth
+from bench.versus import pictures as versus
 from migrator.page import style
-from tests.bench.test_simulate import walked
-from tests.bench.test_simulate import write as write_trace
-from tests.bench.test_versus import done, entry, not_done, ours
+from tests.bench.simulate.test_simulate import walked
+from tests.bench.simulate.test_simulate import write as write_trace
+from tests.bench.versus.test_versus import done, entry, not_done, ours
 from tests.migrator.test_report_page import Page, check, words
 
 STREAM = Path(__file__).parents[2] / "bench/results/stream.json"
@@ -279,9 +280,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         results["cells"] = [cell("uffd", "zipf", missed=1)]
         return []
 
-    monkeypatch.setattr("bench.versus.missing", lambda _: "")
-    monkeypatch.setattr("bench.versus.measure", versus_results)
-    monkeypatch.setattr("bench.strategies.run", strategy_cells)
+    monkeypatch.setattr("bench.versus.run.missing", lambda _: "")
+    monkeypatch.setattr("bench.versus.run.measure", versus_results)
+    monkeypatch.setattr("bench.strategies.run.run", strategy_cells)
     return begun
 
 

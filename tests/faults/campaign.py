@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from bench.twohosts import missing, two_hosts
+from bench.hosts.twohosts import missing, two_hosts
 from migrator.keys import init
 from tests.faults import oracles, trials
 from tests.faults.plans import Plan

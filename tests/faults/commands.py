@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from bench.processes import is_running
+from bench.hosts.processes import is_running
 
 TOKEN = "MIGRATOR_FAULTS"
 """In the environment of all processes of one disturbed migration: it tells which one."""

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.processes import is_running
-from bench.twohosts import TwoHosts
+from bench.hosts.processes import is_running
+from bench.hosts.twohosts import TwoHosts
 from migrator.guest import Workload, boot_image, check_walk, heartbeats
 from migrator.vm import Vm
 from tests.faults.commands import TOKEN, Command, processes_of

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.twohosts import missing
+from bench.hosts.twohosts import missing
 from tests.conftest import require
 from tests.faults import campaign, oracles, plans, trials
 from tests.faults.kinds import Fault

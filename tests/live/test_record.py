@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.costs import Costs
-from bench.replay import Replay
-from bench.simulate import migrate
+from bench.simulate.costs import Costs
+from bench.simulate.replay import Replay
+from bench.simulate.run import migrate
 from migrator import Limits
 from migrator.decisions import policy_of
 from migrator.downtime import Fixed

@@ -1,12 +1,12 @@
-"""Two hosts with a network between them (:mod:`bench.twohosts`), for tests."""
+"""Two hosts with a network between them (:mod:`bench.hosts.twohosts`), for tests."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from bench import twohosts
-from bench.twohosts import LINK, Host, TwoHosts
+from bench.hosts import twohosts
+from bench.hosts.twohosts import LINK, Host, TwoHosts
 from tests.conftest import require
 
 __all__ = ["LINK", "Host", "TwoHosts", "two_hosts"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.costs import Costs
-from bench.simulate import NEVER_SLOWED, migrate
+from bench.simulate.costs import Costs
+from bench.simulate.run import NEVER_SLOWED, migrate
 from migrator.decisions import Policy
 from migrator.policy import Decision, Verdict
 from migrator.throttling import Throttling
@@ -40,7 +40,7 @@ class Walker:
 
 
 class Walkers:
-    """A guest of walkers; see :class:`bench.simulate.Guest`. All of its memory holds data."""
+    """A guest of walkers; see :class:`bench.simulate.run.Guest`. All of its memory holds data."""
 
     def __init__(self, walkers: Sequence[Walker], npages: int) -> None:
         self._walkers = walkers

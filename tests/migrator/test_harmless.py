@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bench.cli import main as bench_main
+from bench.cli.main import main as bench_main
 from bench.page.markdown import parts
 from migrator import doctor, heatmap
 from migrator.cli import main

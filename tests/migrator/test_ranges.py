@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from bench.cli import main as bench_main
-from bench.suite import Grid
+from bench.cli.main import main as bench_main
+from bench.strategies.suite import Grid
 from migrator import ranges
 from migrator.cli import main
 from migrator.cli_shared import Number, SizeType, ThrottleType

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.suite import load as load_suite
+from bench.strategies.suite import load as load_suite
 from migrator.cli import main
 from migrator.config import load as load_config
 from migrator.errors import ConfigError

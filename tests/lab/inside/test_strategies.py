@@ -7,7 +7,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from bench.cli import main
+from bench.cli.main import main
 from migrator.guest import MIB
 from tests.live.qemus import SYSTEM
 from tests.live.vms import Machine

@@ -1,0 +1,1 @@
+"""The command migrator-bench: a file for each of its subcommands."""

@@ -1,0 +1,1 @@
+"""Guests to measure with, and the patterns in which they write."""

@@ -1,0 +1,1 @@
+"""What the compiled loops take, beside numpy and the memory's own speed."""

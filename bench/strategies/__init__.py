@@ -1,0 +1,1 @@
+"""Strategies of dirty tracking on programs that write in known patterns."""

@@ -1,0 +1,1 @@
+"""The transport between two hosts alone: what a stream carries."""

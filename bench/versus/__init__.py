@@ -1,0 +1,1 @@
+"""This program beside QEMU's own migration, and the targets for that."""
