@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from migrator.settle import cancelled_by_signals
+from migrator.aio import cancelled_by_signals
 
 _T = TypeVar("_T")
 

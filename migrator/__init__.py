@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         Refused,
         Undecided,
     )
-    from migrator.orchestrator import Options, migrate
-    from migrator.policy import Limits
-    from migrator.report import Progress, Report
+    from migrator.migration.orchestrator import Options, migrate
+    from migrator.policy.judge import Limits
+    from migrator.report.report import Progress, Report
 
 __all__ = [
     "Aborted",
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "orchestrator",
-    "migrate": "orchestrator",
-    "Limits": "policy",
-    "Progress": "report",
-    "Report": "report",
+    "Options": "migration.orchestrator",
+    "migrate": "migration.orchestrator",
+    "Limits": "policy.judge",
+    "Progress": "report.report",
+    "Report": "report.report",
 }
 
 

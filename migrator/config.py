@@ -20,8 +20,8 @@ from pydantic import (
 
 from migrator import ranges, yamlfile
 from migrator.errors import ConfigError
+from migrator.policy.throttling import AUTO
 from migrator.ranges import Range
-from migrator.throttling import AUTO
 
 _SIZE = re.compile(r"([0-9]{1,18})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _QUOTED = 200  # characters of a value in a message

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from migrator.report import Report
+    from migrator.report.report import Report
 
 
 @dataclass(frozen=True)

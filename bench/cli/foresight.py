@@ -11,7 +11,7 @@ import click
 
 from bench.cli.shared import heed_sigterm, json_option, measuring, write
 from migrator import ranges
-from migrator.cli_shared import Number
+from migrator.cli.shared import Number
 
 if TYPE_CHECKING:
     from bench.simulate.foresight import Foreseen

@@ -14,8 +14,9 @@ from bench.cli import page as cli_page
 from bench.cli import simulate as cli_simulate
 from bench.cli.shared import heed_sigterm, json_option, measuring, runs_option, write
 from bench.cli.strategies import strategies
-from migrator import output, ranges
-from migrator.cli_shared import Group, Number, SizeType
+from migrator import ranges
+from migrator.cli import output
+from migrator.cli.shared import Group, Number, SizeType
 from migrator.harmless import harmless
 
 

@@ -23,7 +23,7 @@ def html_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(context: click.Context, option: click.Parameter, page: Path | None) -> Path | None:
-    from migrator.cli_report import check
+    from migrator.cli.report import check
     from migrator.errors import ConfigError
 
     try:

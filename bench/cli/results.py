@@ -15,7 +15,7 @@ from bench.strategies import tables as strategytables
 from bench.stream import pictures as stream
 from bench.versus import pictures as versus
 from bench.versus import tables as versus_tables
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 Results = dict[str, Any]
 Kind = tuple[str, Callable[[Results], Iterator[str]], Callable[[Results], str]]

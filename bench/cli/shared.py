@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from migrator import ranges
-from migrator.cli_shared import Number
+from migrator.cli.shared import Number
 
 json_option = click.option(
     "--json",

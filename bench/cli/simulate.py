@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from migrator import ranges
-from migrator.cli_shared import Number, SizeType, ThrottleType
+from migrator.cli.shared import Number, SizeType, ThrottleType
 
 if TYPE_CHECKING:
     from bench.simulate.replay import Replay
@@ -141,9 +141,9 @@ def simulate(
     from bench.simulate.planning import markdown, plan
     from bench.simulate.replay import Replay, describe
     from migrator.errors import TraceError
-    from migrator.policy import Limits
-    from migrator.throttling import Throttling
-    from migrator.trace import read
+    from migrator.policy.judge import Limits
+    from migrator.policy.throttling import Throttling
+    from migrator.watch.trace import read
 
     try:
         recorded = read(trace)

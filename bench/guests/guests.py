@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from bench.guests import linuxguest, patterns, tableguest
 from bench.guests.linuxguest import GuestError
-from migrator.guest import IMAGE_BYTES, MIB, Workload, guest_args
+from migrator.guest.workload import IMAGE_BYTES, MIB, Workload, guest_args
 
 IDLE = "idle"
 """Changes nothing."""

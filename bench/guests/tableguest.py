@@ -1,6 +1,6 @@
 """The machine code of the synthetic guests: one program that walks over a table of pages.
 
-A boot sector like that of :mod:`migrator.bootsector`, of whose parts it is made. The table
+A boot sector like that of :mod:`migrator.guest.bootsector`, of whose parts it is made. The table
 (:func:`table`) is put into RAM by QEMU before the guest runs. The guest fills its working set with
 bytes that hardly compress, and then lives in two places only:
 
@@ -34,9 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.guests.patterns import INCREMENT, Pattern, at, increments
-from migrator import bootsector
-from migrator.assembly import SECTOR_SIZE, Assembly
-from migrator.guest import MIB, PAGE_SIZE
+from migrator.guest import bootsector
+from migrator.guest.assembler import SECTOR_SIZE, Assembly
+from migrator.guest.workload import MIB, PAGE_SIZE
 
 COUNTER = 0x6000
 """Guest-physical address of a little-endian u64: accesses until now. Written at once."""

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.kernels.work import Case
 from bench.page import bars
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 Samples = dict[Case, list[dict[str, float]]]
 

@@ -13,7 +13,7 @@ from bench.hosts.worker import PORT
 from bench.moving.journey import Seat
 from bench.moving.ways import GivenUp, GuestBroken, Moved, Terms, Way
 from migrator.errors import QmpUnreachable, VmError
-from migrator.qmp import Qmp
+from migrator.qemu.qmp import Qmp
 
 _FORCED_MS = 1_000_000
 _UNLIMITED = 100 << 30  # bytes a second

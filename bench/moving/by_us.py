@@ -18,7 +18,7 @@ from bench.moving.journey import Seat
 from bench.moving.ways import GivenUp, GuestBroken, Moved, Terms, Way
 
 _GIVEN_UP = 1  # 3: refused, 4: not known who may run
-_PROGRAM = (sys.executable, "-c", "from migrator.cli import main; main()")
+_PROGRAM = (sys.executable, "-c", "from migrator.cli.main import main; main()")
 
 
 async def move(
@@ -69,7 +69,7 @@ async def move(
 
 def can_throttle() -> bool:
     """Whether the migrator can slow a guest's writes."""
-    from migrator.cli_hosts import send
+    from migrator.cli.hosts import send
 
     return any(parameter.name == "throttle" for parameter in send.params)
 

@@ -13,9 +13,9 @@ from bench.guests.guests import Guest
 from bench.guests.pulse import Pulse, Side
 from bench.hosts.twohosts import Host
 from bench.moving.ways import GuestBroken
-from migrator.qmp import Qmp
-from migrator.settle import in_thread, settle
-from migrator.vm import Vm
+from migrator.aio import in_thread, settle
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
 
 _BOOT_S = 120.0  # until a Linux beats, on a slow machine
 _GOES_ON_S = 20.0

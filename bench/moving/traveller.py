@@ -14,8 +14,8 @@ from bench.hosts.twohosts import TwoHosts
 from bench.moving.journey import Journey
 from bench.moving.moves import Mover
 from bench.moving.ways import GivenUp, GuestBroken, Terms, Way
+from migrator.aio import settle
 from migrator.errors import VmError
-from migrator.settle import settle
 
 
 class Traveller:

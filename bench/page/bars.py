@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from migrator.page import style
+from migrator.report.page import style
 
 LOOKS = (
     ("#ffffff", ""),

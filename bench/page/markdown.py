@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from migrator.page import html
+from migrator.report.page import html
 
 
 def parts(markdown: str) -> Iterator[str]:

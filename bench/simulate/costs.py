@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from migrator.downtime import Fixed
 from migrator.errors import TraceError
-from migrator.phases import Phase
-from migrator.report import Report, Round
+from migrator.policy.downtime import Fixed
+from migrator.report.phases import Phase
+from migrator.report.report import Report, Round
 
 _GIB = 1 << 30
 _SCAN_MS_PER_GIB = 0.46  # page tables that nobody wrote to, by PAGEMAP_SCAN

@@ -28,15 +28,15 @@ from bench.guests.guests import Guest
 from bench.simulate.costs import Costs, copy_rate, parse
 from bench.simulate.replay import Replay
 from bench.simulate.run import migrate
-from migrator.decisions import policy_of
-from migrator.downtime import Fixed
-from migrator.guest import MIB, heartbeats
-from migrator.policy import Limits, PolicyName
-from migrator.qmp import Qmp
-from migrator.report import Report
-from migrator.trace import read
+from migrator.guest.workload import MIB, heartbeats
+from migrator.policy.downtime import Fixed
+from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.policies import policy_of
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
+from migrator.report.report import Report
 from migrator.transport.packing import BURST_S
-from migrator.vm import Vm
+from migrator.watch.trace import read
 
 MEMORY = 512 * MIB
 MIB_PER_S = 100
@@ -54,7 +54,7 @@ CALIBRATING = Guest("sequential", MEMORY, working_set=48 * MIB, pages_per_s=8_00
 CLOSE = 0.2
 """What a prediction may be wrong by, of what it predicts."""
 
-_PROGRAM = (sys.executable, "-c", "from migrator.cli import main; main()")
+_PROGRAM = (sys.executable, "-c", "from migrator.cli.main import main; main()")
 _RECORD_S = 3.0
 _BEFORE_S = 1.0
 _START_S = 60.0

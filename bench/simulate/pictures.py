@@ -9,7 +9,7 @@ from bench.page import bars
 from bench.page.bars import Bar
 from bench.simulate import planning
 from bench.simulate.planning import Planned
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 _MIB = 1 << 20
 _MEASURES: tuple[tuple[str, str, Callable[[Planned], float]], ...] = (

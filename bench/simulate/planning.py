@@ -9,10 +9,10 @@ from typing import Any
 from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import NEVER_SLOWED, Outcome, migrate
-from migrator.decisions import policy_of
-from migrator.downtime import Fixed
-from migrator.policy import Limits, PolicyName
-from migrator.throttling import Throttling
+from migrator.policy.downtime import Fixed
+from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.policies import policy_of
+from migrator.policy.throttling import Throttling
 from tracker.warm import warm_up
 
 POLICIES: tuple[PolicyName, ...] = ("send-all", "defer-hot", "skip-unchanged", "adaptive")

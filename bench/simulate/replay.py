@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyroaring import BitMap
 
-from migrator.trace import Trace, numbers, united
+from migrator.watch.trace import Trace, numbers, united
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory.ram import RamBlock
 

@@ -2,7 +2,7 @@
 
 Only what is outside the rounds is made up: the sources report what the guest wrote by then, the
 link takes as long as its speed says, and a clock moves on when one of them would wait. The rounds
-and the policies are the real ones (:mod:`migrator.rounds`).
+and the policies are the real ones (:mod:`migrator.migration.rounds`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bench.simulate.costs import Costs
-from migrator.account import Account
-from migrator.decisions import Policy
 from migrator.errors import Aborted
-from migrator.phases import Phase
-from migrator.plan import Plan
-from migrator.readings import Collected
-from migrator.report import Report
-from migrator.rounds import Rounds
-from migrator.slowing import Slowing
-from migrator.throttling import Throttling
+from migrator.migration.rounds import Rounds
+from migrator.migration.slowing import Slowing
+from migrator.policy.policies import Policy
+from migrator.policy.throttling import Throttling
+from migrator.preflight.plan import Plan
+from migrator.report.account import Account
+from migrator.report.phases import Phase
+from migrator.report.report import Report
+from migrator.tracking.readings import Collected
 from migrator.transport import Sent
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
@@ -73,7 +73,7 @@ class Clock:
 
 
 class SimulatedSources:
-    """The sources of a guest; see :class:`migrator.sources.Sources`.
+    """The sources of a guest; see :class:`migrator.tracking.sources.Sources`.
 
     :ivar stands_at: when the guest was stopped, if it was
     :ivar faults: pages that were written and protected: the guest paid for each
@@ -96,7 +96,7 @@ class SimulatedSources:
         self.faults = 0
 
     async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
-        """See :meth:`migrator.sources.Sources.collect`."""
+        """See :meth:`migrator.tracking.sources.Sources.collect`."""
         found, handed_over = self._written(), self._handed_over
         self._handed_over = no_pages(self._npages)
         for name, pages in found.items():
@@ -124,13 +124,13 @@ class SimulatedSources:
         return self._slowed_s + (self._clock() - self._slowed_at) * (1 - self._percent / 100)
 
     async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
-        """See :meth:`migrator.sources.Sources.slow_writers`; what is hot is all in spans."""
+        """See :meth:`migrator.tracking.sources.Sources.slow_writers`."""
         if not self._percent:
             self._handed_over = {name: pages.copy() for name, pages in hot.items()}
         await self.slow(percent, longest_ms)
 
     async def slow(self, percent: int, longest_ms: float) -> None:
-        """See :meth:`migrator.sources.Sources.slow`."""
+        """See :meth:`migrator.tracking.sources.Sources.slow`."""
         self._slowed_s, self._slowed_at = self.guest_s(), self._clock()
         self._percent = percent
 

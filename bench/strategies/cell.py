@@ -30,8 +30,8 @@ from bench.strategies.strategy import Maker
 from bench.strategies.suite import Task
 from bench.strategies.vmspans import Span, Spans, running
 from bench.strategies.watcher import Collection, Watcher, WatchingFailed
+from migrator.aio import in_thread
 from migrator.errors import MigratorError
-from migrator.settle import in_thread
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from bench.page import bars
 from bench.page.bars import Bar
 from bench.strategies import growth
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 _GIB = 1 << 30
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from migrator.config import parse_size
-from migrator.strategies import COARSE, STRATEGIES, cpu_source
+from migrator.tracking.strategies import COARSE, STRATEGIES, cpu_source
 from tracker.answered.uffdsync import UffdSync
 from tracker.errors import NotTracking
 from tracker.memory.ram import RamBlock

@@ -17,8 +17,8 @@ import numpy as np
 from bench.guests.guests import Guest
 from bench.guests.pulse import Pulse, Side
 from migrator.errors import VmError
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
 from tracker.memory.ram import RamBlock, find_block
 
 _START_S = 180.0  # until a Linux has made ready, on a slow machine

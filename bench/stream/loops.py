@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.hosts.worker import PORT
 from bench.stream.content import fresh
-from migrator.tls import load
+from migrator.link.tls import load
 
 _PIECE = 1 << 20
 

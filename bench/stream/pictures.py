@@ -8,7 +8,7 @@ from typing import Any
 from bench.page import bars
 from bench.page.bars import Bar
 from bench.tables import way
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 _MB = 1_000_000
 _LOOPS = ("hot loop", "file loop", "stream")

@@ -19,7 +19,7 @@ from bench.moving.moves import Mover, Spans
 from bench.moving.ways import GuestBroken, Terms, Way
 from bench.stream import transport
 from bench.stream.transport import Case, Rig
-from migrator import keys
+from migrator.link import keys
 
 _SHM = Path("/dev/shm")
 _MIB = 1 << 20

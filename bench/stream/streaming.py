@@ -12,11 +12,11 @@ from typing import Any
 
 from bench.stream.content import PAGE, Shape, fresh
 from bench.stream.loops import Took
-from migrator.tls import load
-from migrator.transport import envelope
+from migrator.link import envelope
+from migrator.link.connection import Connection
+from migrator.link.session import Link, Session
+from migrator.link.tls import load
 from migrator.transport.arrivals import Arrivals, Target
-from migrator.transport.connection import Connection
-from migrator.transport.session import Link, Session
 from migrator.transport.stream import StreamCopy
 from migrator.warm import warm_up
 from tracker.bits.bitmap import DirtyBitmap

@@ -16,7 +16,7 @@ from bench.hosts.worker import PORT, Worker
 from bench.stream import loops, streaming
 from bench.stream.content import SHAPES, Shape, differing, fill
 from bench.stream.loops import Loop
-from migrator.transport.session import Link
+from migrator.link.session import Link
 
 
 class Differs(Exception):

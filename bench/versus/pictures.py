@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.page import bars
 from bench.page.bars import Bar
 from bench.versus.targets import TARGETS, Entry, Ratio, Target, completed, ratio
-from migrator.page import html, style
+from migrator.report.page import html, style
 
 Case = Sequence[Entry]
 """Entries of one guest over one link, ours first."""

@@ -20,13 +20,13 @@ import zstandard
 from numpy.typing import NDArray
 
 from migrator.errors import LinkError, LinkLost, NoSpace, WireError
-from migrator.space import Shortage, to_hold
+from migrator.link.connection import hang_up
 from migrator.transport import frames
 from migrator.transport import runs as run_loops
-from migrator.transport.connection import hang_up
 from migrator.transport.frames import CHUNK_UNITS, Frame, Kind, Packing
 from migrator.transport.reservation import Reservation, no_space_to_hold, reserve_all
 from migrator.transport.runs import RUNS_PER_FRAME, UNIT, Runs
+from migrator.transport.space import Shortage, to_hold
 from tracker.bits import rescale
 from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap

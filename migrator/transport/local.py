@@ -13,9 +13,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.aio import ended, in_thread, settle
 from migrator.errors import NoSpace
-from migrator.settle import ended, in_thread, settle
-from migrator.space import Growth, Room, growth_bytes, margins, room_of, to_hold, to_run
 from migrator.transport import Comparison, Sent
 from migrator.transport.reservation import (
     Reservation,
@@ -23,6 +22,7 @@ from migrator.transport.reservation import (
     no_space_to_run,
     reserve_all,
 )
+from migrator.transport.space import Growth, Room, growth_bytes, margins, room_of, to_hold, to_run
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory.extents import data_pages
 from tracker.memory.pages import compare_pages, copy_pages, punch_pages, zero_pages

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from migrator.errors import NoSpace
-from migrator.space import Room, Shortage, room_of
+from migrator.transport.space import Room, Shortage, room_of
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory.pages import punch_pages, reserve_pages
 from tracker.memory.ram import RamBlock
@@ -40,7 +40,7 @@ class Reservation:
         self._over = False
 
     def room(self) -> Room:
-        """See :func:`migrator.space.room_of`."""
+        """See :func:`migrator.transport.space.room_of`."""
         return room_of(self.fd, self.block)
 
     def wanted(self, pages: DirtyBitmap) -> DirtyBitmap:
@@ -151,7 +151,7 @@ def _full(reservations: Sequence[Reservation], pages: Sequence[DirtyBitmap]) -> 
 
 
 def no_space_to_hold(found: Shortage) -> NoSpace:
-    """The error of a :func:`migrator.space.to_hold` that was found."""
+    """The error of a :func:`migrator.transport.space.to_hold` that was found."""
     if found.shared:
         return NoSpace(
             "source and destination share a file system: for the RAM that is to be copied, and for "
@@ -163,7 +163,7 @@ def no_space_to_hold(found: Shortage) -> NoSpace:
 
 
 def no_space_to_run(found: Shortage) -> NoSpace:
-    """The error of a :func:`migrator.space.to_run` that was found."""
+    """The error of a :func:`migrator.transport.space.to_run` that was found."""
     return NoSpace(
         "memory that the guest has not touched yet, and may touch at the source, needs",
         found.needed_bytes,

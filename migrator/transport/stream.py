@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from migrator.aio import ended, in_thread, settle, within
 from migrator.errors import LinkError, LinkLost, NoSpace
-from migrator.settle import ended, in_thread, settle, within
-from migrator.space import Shortage, growth_bytes, room_of
+from migrator.link.messages import Lack, parse
+from migrator.link.session import Applied, Session
 from migrator.transport import Comparison, Sent
 from migrator.transport import runs as run_loops
 from migrator.transport.frames import CHUNK_UNITS, Kind
-from migrator.transport.messages import Lack, parse
 from migrator.transport.packing import Pace
 from migrator.transport.parts import PART_UNITS, Part, Ram, Work
 from migrator.transport.reservation import no_space_to_hold, no_space_to_run
 from migrator.transport.runs import UNIT
 from migrator.transport.sending import Stream
-from migrator.transport.session import Applied, Session
+from migrator.transport.space import Shortage, growth_bytes, room_of
 from migrator.warm import warm_up
 from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap

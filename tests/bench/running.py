@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bench.guests.guests import Guest, GuestError
 from bench.guests.pulse import Pulse, Side
-from migrator.qmp import Qmp
-from migrator.vm import RunDirectory, Vm
+from migrator.qemu.process import RunDirectory, Vm
+from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 from tracker.memory.ram import find_block
 from tracker.sources.uffd import UffdAsync

@@ -15,11 +15,11 @@ from bench.page import bars, markdown
 from bench.page.bars import Bar
 from bench.strategies import growth
 from bench.versus import pictures as versus
-from migrator.page import style
+from migrator.report.page import style
 from tests.bench.simulate.test_simulate import walked
 from tests.bench.simulate.test_simulate import write as write_trace
 from tests.bench.versus.test_versus import done, entry, not_done, ours
-from tests.migrator.test_report_page import Page, check, words
+from tests.migrator.report.test_page import Page, check, words
 
 STREAM = Path(__file__).parents[2] / "bench/results/stream.json"
 GIB = 1 << 30

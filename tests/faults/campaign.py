@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 from bench.hosts.twohosts import missing, two_hosts
-from migrator.keys import init
+from migrator.link.keys import init
 from tests.faults import oracles, trials
 from tests.faults.plans import Plan
 from tests.faults.scenes import Grounds

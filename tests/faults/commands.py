@@ -25,7 +25,7 @@ _PROGRAM = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 told, hold, held = int(sys.argv[2]), int(sys.argv[3]), set(sys.argv[4].split(","))
-from migrator.phases import Phases
+from migrator.report.phases import Phases
 
 def tell(name):
     try:
@@ -51,7 +51,7 @@ def entering(self, phase, **kwargs):
     begun(phase.value)
 
 Phases.__init__, Phases.enter = starting, entering
-from migrator.cli import main
+from migrator.cli.main import main
 sys.argv[:5] = ["migrator"]
 main(prog_name="migrator")
 """
@@ -195,7 +195,9 @@ class Command:
 
     def guards(self) -> list[int]:
         """The guards that the command has started and that run."""
-        return [pid for pid in _children(self.pid) if b"migrator.guard" in _command_line(pid)]
+        return [
+            pid for pid in _children(self.pid) if b"migrator.migration.guard" in _command_line(pid)
+        ]
 
     async def ended(self, timeout_s: float) -> bool:
         """Wait until the process has ended; false: it has not in time."""
@@ -233,7 +235,7 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
-WITNESS = "migrator.witness"
+WITNESS = "migrator.receiver.witness"
 """What the command line of a receiver's witness has in it."""
 
 

@@ -1,6 +1,6 @@
 """A second QMP monitor of a QEMU: an operator's, and the campaign's own witness of events.
 
-It shares nothing with :mod:`migrator.qmp`: an oracle that used the product's own client would
+It shares nothing with :mod:`migrator.qemu.qmp`: an oracle that used the product's own client would
 trust the code that it is meant to check.
 """
 

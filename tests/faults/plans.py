@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from random import Random
 
-from migrator.guest import Workload
+from migrator.guest.workload import Workload
 from tests.faults import moments
 from tests.faults.kinds import PLAIN, TWO_HOSTS_ONLY, Fault
 from tests.faults.moments import Moment

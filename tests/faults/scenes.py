@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bench.hosts.processes import is_running
 from bench.hosts.twohosts import TwoHosts
-from migrator.guest import Workload, boot_image, check_walk, heartbeats
-from migrator.vm import Vm
+from migrator.guest.workload import Workload, boot_image, check_walk, heartbeats
+from migrator.qemu.process import Vm
 from tests.faults.commands import TOKEN, Command, processes_of
 from tests.faults.kinds import Fault
 from tests.faults.monitors import Monitor, running_intervals

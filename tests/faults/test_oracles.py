@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from migrator.guest import Workload
+from migrator.guest.workload import Workload
 from tests.faults import moments, oracles, plans
 from tests.faults.kinds import PLAIN, TWO_HOSTS_ONLY, Fault
 from tests.faults.moments import Moment

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.edu import PAGE_SIZE
 from migrator.errors import QmpUnreachable
-from migrator.guest import Workload, check_dma, check_walk, heartbeats
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.guest.edu import PAGE_SIZE
+from migrator.guest.workload import Workload, check_dma, check_walk, heartbeats
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
 from tests.live.vms import Machine, Pair, pair
 
 TIMEOUT_S = 300.0

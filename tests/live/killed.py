@@ -21,12 +21,12 @@ WITH_ITS_GUARD = ORCHESTRATOR.replace(
     "source, destination, phase = sys.argv[1:]",
     """source, destination = sys.argv[1:]
 import subprocess
-from migrator import guard
+from migrator.migration import guard
 guards = []
 class Popen(subprocess.Popen):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if any("migrator.guard" in word for word in args[0]):
+        if any("migrator.migration.guard" in word for word in args[0]):
             guards.append(self.pid)
 guard.subprocess.Popen = Popen
 """,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from migrator import Limits, Options, Progress, Report, migrate
-from migrator.phases import Phase
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.report.phases import Phase
 from tests.live.vms import Machine, Pair
 from tracker.memory.ram import RamBlock, find_block, open_file
 

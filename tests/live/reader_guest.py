@@ -1,10 +1,10 @@
 """A guest that reads a disk by DMA for ever, and a test VM with it.
 
-A boot sector like that of :mod:`migrator.bootsector`, for a PC with i440fx and PIIX3 (``-machine
-pc``). It reads from the second disk of the first IDE channel, by bus mastering: places on the disk,
-one after the other, into places in memory, one after the other; each over again from the first when
-the last was reached. One heartbeat comes every so many reads, so a guest whose read stays in flight
-has none. If a read fails it writes ``!`` and halts.
+A boot sector like that of :mod:`migrator.guest.bootsector`, for a PC with i440fx and PIIX3
+(``-machine pc``). It reads from the second disk of the first IDE channel, by bus mastering: places
+on the disk, one after the other, into places in memory, one after the other; each over again from
+the first when the last was reached. One heartbeat comes every so many reads, so a guest whose read
+stays in flight has none. If a read fails it writes ``!`` and halts.
 
 It never uses an interrupt: it looks at the controller's status now and then. Registers:
 
@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import bootsector
-from migrator.assembly import SECTOR_SIZE, Assembly
-from migrator.guest import IMAGE_BYTES, MIB, PAGE_SIZE
+from migrator.guest import bootsector
+from migrator.guest.assembler import SECTOR_SIZE, Assembly
+from migrator.guest.workload import IMAGE_BYTES, MIB, PAGE_SIZE
 from tests.live.vms import Machine
 
 TABLE = 0x6000

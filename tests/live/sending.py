@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from migrator import Progress, Report, migrate
 from migrator.errors import MigratorError, VmError
-from migrator.guest import Workload, boot_image, heartbeats
-from migrator.orchestrator import Options
-from migrator.qmp import Qmp
-from migrator.transport.session import Link
-from migrator.vm import RunDirectory, Vm
+from migrator.guest.workload import Workload, boot_image, heartbeats
+from migrator.link.session import Link
+from migrator.migration.orchestrator import Options
+from migrator.qemu.process import RunDirectory, Vm
+from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 from tests.live.moving import VERIFIED
 from tests.live.twohosts import TwoHosts, two_hosts

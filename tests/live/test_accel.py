@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator import accel
-from migrator.accel import AccelChoice, choose_accel
 from migrator.errors import AccelUnavailable
+from migrator.qemu import accel
+from migrator.qemu.accel import AccelChoice, choose_accel
 from tests.conftest import require
 
 RUNS = """

@@ -49,7 +49,7 @@ def compiled() -> None:
 
 
 class Braked:
-    """Both trackers as one, as :class:`migrator.sources.Sources` asks them."""
+    """Both trackers as one, as :class:`migrator.tracking.sources.Sources` asks them."""
 
     name = "uffd"
     exact = True

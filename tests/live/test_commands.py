@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from migrator.qmp import Qmp
+from migrator.qemu.qmp import Qmp
 from tests.live.vms import Machine, pair
 
 pytestmark = pytest.mark.live
@@ -206,7 +206,7 @@ def test_a_linux_guest_notices_pages_that_were_lost(leftovers: Leftovers, tmp_pa
 
 
 _LOSSY = """
-from migrator.cli import main
+from migrator.cli.main import main
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.sources.uffd import UffdAsync
 collect = UffdAsync.collect

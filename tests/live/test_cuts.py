@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from migrator import Failed, MigratorError, Undecided
-from migrator.phases import Phase
-from migrator.resolution import resolve
-from migrator.transport.session import Link, Session
+from migrator.link.session import Link, Session
+from migrator.receiver.resolution import resolve
+from migrator.report.phases import Phase
 from tests.live.cuts import Cut, cutting
 from tests.live.moving import Ram, once
 from tests.live.sending import SMALL, Case, Road, expecting, on_a_road, on_several_roads

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from migrator import Aborted, Progress, Report, migrate
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.qmp import Qmp
+from migrator.guest.workload import Workload
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move
 from tests.live.test_pages import with_pair
 from tests.live.vms import MIB, Machine, Pair
@@ -116,7 +116,7 @@ asyncio.run(migrate(source, destination, options, watch=watch))
 """
 _KILLED_WHILE_IT_STANDS = _KILLED_AT.replace(
     "def watch",
-    """from migrator import orchestrator
+    """from migrator.migration import orchestrator
 really = orchestrator.stop_guest
 async def stop_guest(source):
     assert await really(source)

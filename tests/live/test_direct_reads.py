@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from migrator import Failed, Progress, Report, migrate
-from migrator.orchestrator import Migration
-from migrator.phases import Phase
+from migrator.migration.orchestrator import Migration
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Watch, move
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.reader_guest import Reader
@@ -92,7 +92,9 @@ def test_a_read_in_flight_while_its_page_is_copied(
 ) -> None:
     async def body(vms: Pair, disk: SlowDisk) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr("migrator.preflight.reads_past_page_cache", lambda nodes: False)
+            patched.setattr(
+                "migrator.preflight.preflight.reads_past_page_cache", lambda nodes: False
+            )
             await loses(vms, held(disk, Phase.ROUNDS, Phase.SWITCHOVER))
         check_compared(await move(vms, held(disk, Phase.ROUNDS, Phase.SWITCHOVER), SENT_AT_ONCE))
         await vms.check_heartbeat_unbroken()

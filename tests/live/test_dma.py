@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from migrator.edu import BAR, NO_DEVICE, SOURCE
-from migrator.guest import MIB, PAGE_SIZE, Workload, check_dma, check_walk, heartbeats
+from migrator.guest.edu import BAR, NO_DEVICE, SOURCE
+from migrator.guest.workload import MIB, PAGE_SIZE, Workload, check_dma, check_walk, heartbeats
 from tests.live.dma import Guest, execute, started
 from tests.live.moving import Ram, TwoKinds, move
 from tests.live.qemus import QEMUS, Qemu

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator import doctor
-from migrator.doctor import Check
+from migrator.doctor import examine as doctor
+from migrator.doctor.examine import Check
 from tests.conftest import require
 from tests.tracker.targets import wait_until
 from tracker.pins.matrix import count
@@ -23,7 +23,7 @@ from tracker.probe.probe import PROBES
 
 pytestmark = pytest.mark.live
 
-MIGRATOR = [sys.executable, "-c", "from migrator.cli import main; main()", "doctor"]
+MIGRATOR = [sys.executable, "-c", "from migrator.cli.main import main; main()", "doctor"]
 QEMU = "qemu-system-x86_64"
 
 
@@ -147,7 +147,7 @@ def test_what_is_passed_to_stderr_while_it_takes_long(tmp_path: Path) -> None:
 WITHOUT = """
 import ctypes, json, struct, sys
 from dataclasses import asdict
-from migrator import doctor
+from migrator.doctor import examine as doctor
 
 number = int(sys.argv[1])
 # struct sock_filter: load seccomp_data.nr; if it is the number, EPERM; otherwise allow

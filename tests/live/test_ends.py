@@ -18,10 +18,10 @@ import pytest
 
 from migrator import Aborted, Failed, GuestEnded, Progress, Refused, migrate
 from migrator.errors import StoodTooLong
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.switchover import Switchover
-from migrator.vm import Vm
+from migrator.guest.workload import Workload
+from migrator.migration.switchover import Switchover
+from migrator.qemu.process import Vm
+from migrator.report.phases import Phase
 from tests.live.monitors import Monitor
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
@@ -352,10 +352,10 @@ def test_without_its_guard_a_migration_is_given_up(
         class Noted(subprocess.Popen[bytes]):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                if any("migrator.guard" in str(word) for word in args[0]):
+                if any("migrator.migration.guard" in str(word) for word in args[0]):
                     guards.append(self.pid)
 
-        monkeypatch.setattr("migrator.guard.subprocess.Popen", Noted)
+        monkeypatch.setattr("migrator.migration.guard.subprocess.Popen", Noted)
 
         def kill() -> None:
             os.kill(guards[0], signal.SIGKILL)

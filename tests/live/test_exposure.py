@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from migrator import migrate
-from migrator.display import summary
+from migrator.cli.display import summary
 from migrator.errors import Finding
-from migrator.page import migration
-from migrator.report import Report
-from migrator.side import Side
-from migrator.transport.messages import Looked, parse
+from migrator.link.messages import Looked, parse
+from migrator.preflight.waiting import Side
+from migrator.report.page import migration
+from migrator.report.report import Report
 from tests.live.moving import VERIFIED, TwoKinds
 from tests.live.sending import Road, on_a_road
 from tests.live.vms import MIB, Pair, pair

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from migrator import Refused, migrate, strategies
+from migrator import Refused, migrate
+from migrator.tracking import strategies
 from tests.live.moving import VERIFIED, check_still_at_source
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import Machine, pair

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from migrator.guest import (
+from migrator.guest.workload import (
     FIRMWARE_BYTES,
     MIB,
     PAGE_SIZE,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import pytest
 
 from migrator import MigratorError, Undecided
-from migrator.phases import Phase
-from migrator.resolution import resolve
+from migrator.receiver.resolution import resolve
+from migrator.report.phases import Phase
 from tests.live.moving import once
 from tests.live.sending import (
     Case,
@@ -37,16 +37,16 @@ RECONNECT_S = 1.0
 _SENDER = """
 import asyncio, json, os, signal, sys
 from migrator import Limits, Options, migrate
-from migrator.transport.session import Link
+from migrator.link.session import Link
 source, link, phase, and_the_guard = sys.argv[1:]
 guards = []
 if and_the_guard:
     import subprocess
-    from migrator import guard
+    from migrator.migration import guard
     class Popen(subprocess.Popen):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            if any("migrator.guard" in word for word in args[0]):
+            if any("migrator.migration.guard" in word for word in args[0]):
                 guards.append(self.pid)
     guard.subprocess.Popen = Popen
 def watch(progress):

@@ -24,16 +24,16 @@ from typing import Any
 import pytest
 
 from migrator import migrate
-from migrator.guest import boot_image
-from migrator.phases import Phase
-from migrator.transport import envelope
-from migrator.transport.session import Link
-from migrator.vm import Vm
+from migrator.guest.workload import boot_image
+from migrator.link import envelope
+from migrator.link.session import Link
+from migrator.qemu.process import Vm
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED
 from tests.live.sending import MIGRATOR, SMALL, Receiver, eventually
 from tests.live.vms import MIB, Pair
+from tests.migrator.receiver.test_receiver import EVIL, PAGE_OF_ONES, frame
 from tests.migrator.strangers import Stranger
-from tests.migrator.test_receiver import EVIL, PAGE_OF_ONES, frame
 from tests.processes import is_running
 
 pytestmark = pytest.mark.live

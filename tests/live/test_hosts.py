@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from migrator import Failed, keys
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.readings import Collected
-from migrator.sources import Sources
+from migrator import Failed
+from migrator.guest.workload import Workload
+from migrator.link import keys
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
+from migrator.tracking.readings import Collected
+from migrator.tracking.sources import Sources
 from tests.live.moving import Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.sending import MIGRATOR, SMALL, Road, eventually, on_a_road, state

@@ -17,15 +17,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from migrator import keys
-from migrator.guest import boot_image
-from migrator.tls import Credentials
-from migrator.transport import envelope
-from migrator.vm import RunDirectory, Vm
+from migrator.guest.workload import boot_image
+from migrator.link import envelope, keys
+from migrator.link.tls import Credentials
+from migrator.qemu.process import RunDirectory, Vm
 from tests.live.sending import MIGRATOR, SMALL, Receiver, eventually
 from tests.live.test_hostile import start
 from tests.live.vms import Pair
-from tests.migrator.test_tls import (
+from tests.migrator.link.test_tls import (
     LOOPBACK,
     WRONG,
     Place,

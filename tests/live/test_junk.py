@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from migrator import MigratorError, migrate
-from migrator.destination import LocalDestination
-from migrator.door import listen
-from migrator.qmp import Qmp
-from migrator.receiver import Receiver
-from migrator.transport.session import Link
+from migrator.link.session import Link
+from migrator.migration.destination import LocalDestination
+from migrator.qemu.qmp import Qmp
+from migrator.receiver.door import listen
+from migrator.receiver.receiver import Receiver
 from tests.live.moving import VERIFIED, check_still_at_source
 from tests.live.test_neighbours import SMALL
 from tests.live.vms import Pair, pair

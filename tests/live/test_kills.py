@@ -15,9 +15,9 @@ import pytest
 
 from migrator import Aborted, Failed, MigratorError, Options, Progress, Undecided, migrate
 from migrator.errors import VmError
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.live.killed import ORCHESTRATOR, WITH_ITS_GUARD
 from tests.live.moving import VERIFIED
 from tests.live.vms import Machine, Pair, pair
@@ -217,7 +217,7 @@ def test_a_stream_without_its_end_never_runs() -> None:
 
     It does run when only the last byte is missing, which is why more than that is kept back.
     """
-    from migrator import devicestate
+    from migrator.qemu import devicestate
 
     async def outcome(cut: Callable[[bytes], bytes]) -> str:
         async with pair() as vms:
@@ -229,7 +229,7 @@ def test_a_stream_without_its_end_never_runs() -> None:
                 return head, cut(end)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("migrator.switchover.split_at_end", split)
+                patch.setattr("migrator.migration.switchover.split_at_end", split)
                 with contextlib.suppress(MigratorError):
                     await migrate(vms.source.qmp, vms.destination.qmp, Options())
             states.append(await _state(vms.destination))

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from migrator.guest import MIB, heartbeats
-from migrator.qmp import Qmp
+from migrator.guest.workload import MIB, heartbeats
+from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 from tests.live.qemus import QEMUS, SYSTEM, Qemu
 from tests.live.reader_guest import Reader, Reading, boot_image, listing

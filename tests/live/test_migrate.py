@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from migrator import migrate
-from migrator.guest import check_walk
-from migrator.qmp import Qmp
+from migrator.guest.workload import check_walk
+from migrator.qemu.qmp import Qmp
 from tests.live.moving import VERIFIED
 from tests.live.vms import MIB, Machine, pair
 from tracker.memory.ram import find_block, open_file

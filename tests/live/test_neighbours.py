@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from migrator import Failed, MigratorError, Report, migrate
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.switchover import Switchover
+from migrator.guest.workload import Workload
+from migrator.migration.switchover import Switchover
+from migrator.report.phases import Phase
 from tests.live.monitors import Monitor, Monitors, with_monitors
 from tests.live.moving import VERIFIED, Ram, Watch, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator.guest import Workload
-from migrator.output import Ending, Stream
-from migrator.qmp import Qmp
+from migrator.cli.output import Ending, Stream
+from migrator.guest.workload import Workload
+from migrator.qemu.qmp import Qmp
 from tests.live.vms import MIB, Machine, Pair, pair
 
 pytestmark = pytest.mark.live
@@ -236,7 +236,7 @@ def test_the_source_ends_in_preflight() -> None:
 
 _DECIDES = """
 import os, signal, sys
-from migrator.output import Ending
+from migrator.cli.output import Ending
 ending = Ending()
 if sys.argv[1] == "decided":
     ending.decide(0)
@@ -262,7 +262,7 @@ def test_a_signal_does_not_change_what_was_decided(
 
 _IS_STUCK = """
 import os, signal, sys, time
-from migrator.output import Ending
+from migrator.cli.output import Ending
 ending = Ending()
 ending.decide(3)
 def tell():

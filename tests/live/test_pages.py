@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from migrator import Failed, migrate
-from migrator.guest import Workload, heartbeats
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.guest.workload import Workload, heartbeats
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
@@ -92,7 +92,7 @@ async def fails(vms: Pair, action: Callable[[], object]) -> None:
 def test_without_the_tracker_verifying_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair, source: Ram, destination: Ram) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr("migrator.strategies.UffdAsync", Silent)
+            patched.setattr("migrator.tracking.strategies.UffdAsync", Silent)
             await fails(vms, lambda: None)
         await move(vms)
         await vms.check_heartbeat_unbroken()
@@ -108,7 +108,7 @@ def test_pages_discarded_after_they_were_sent(qemu: Qemu, monkeypatch: pytest.Mo
             source.discard(SPOT, LENGTH)
 
         with monkeypatch.context() as patched:
-            patched.setattr("migrator.sources.Holes", SilentHoles)
+            patched.setattr("migrator.tracking.sources.Holes", SilentHoles)
             await fails(vms, discard)
 
         source.write(SPOT, b"more" * (LENGTH // 4))

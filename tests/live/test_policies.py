@@ -16,11 +16,11 @@ import pytest
 
 from migrator import Limits, Progress, Report, migrate
 from migrator.errors import Failed
-from migrator.guest import Workload
-from migrator.phases import DOWNTIME, Phase
-from migrator.policy import PolicyName
-from migrator.readings import Collected
-from migrator.sources import Sources
+from migrator.guest.workload import Workload
+from migrator.policy.judge import PolicyName
+from migrator.report.phases import DOWNTIME, Phase
+from migrator.tracking.readings import Collected
+from migrator.tracking.sources import Sources
 from migrator.transport.local import LocalCopy
 from tests.live.moving import VERIFIED, Ram, once
 from tests.live.qemus import QEMUS, Qemu
@@ -139,7 +139,7 @@ def forgetting_what_waits(monkeypatch: pytest.MonkeyPatch, first: int, pages: in
 
     with monkeypatch.context() as patched:
         patched.setattr(Sources, "collect", forgetful)
-        patched.setattr("migrator.rounds.union", of_sources_and_owed)
+        patched.setattr("migrator.migration.rounds.union", of_sources_and_owed)
         yield
 
 
@@ -177,7 +177,9 @@ def contents() -> tuple[bytes, bytes]:
 @pytest.fixture
 def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What pays is not what is tested here."""
-    monkeypatch.setattr("migrator.skipping.worth_comparing", lambda sampled, _: sampled.share > 0.5)
+    monkeypatch.setattr(
+        "migrator.policy.skipping.worth_comparing", lambda sampled, _: sampled.share > 0.5
+    )
 
 
 @pytest.mark.usefixtures("always_worth_it")
@@ -240,7 +242,7 @@ def test_changed_and_changed_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair) -> None:
         ram = Ram(vms.source, vms.machine)
         ram.write(SPOT, a)
-        monkeypatch.setattr("migrator.rounds.Rounds._will_compare", lambda _: True)
+        monkeypatch.setattr("migrator.migration.rounds.Rounds._will_compare", lambda _: True)
         with monkeypatch.context() as patched:
             patched.setattr(LocalCopy, "changed", compared_with(a))
             with pytest.raises(Failed, match=rf"{PAGES} of \d+ pages differ"):
@@ -259,7 +261,9 @@ def test_changed_and_changed_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["migrator.deferral.history.age", "migrator.sources.merge"], ids=["history", "merging"]
+    "name",
+    ["migrator.policy.deferral.history.age", "migrator.tracking.sources.merge"],
+    ids=["history", "merging"],
 )
 def test_the_event_loop_goes_on_meanwhile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """These take longer the more RAM there is: each waits here until the loop has done something.

@@ -10,9 +10,9 @@ from itertools import pairwise
 import pytest
 
 from migrator import Limits, Options, Progress
-from migrator.guest import Workload
-from migrator.qmp import Qmp
-from migrator.throttling import AUTO
+from migrator.guest.workload import Workload
+from migrator.policy.throttling import AUTO
+from migrator.qemu.qmp import Qmp
 from tests.live.sending import Road, monitor, on_a_road
 from tests.live.twocpus_guest import TwoProcessors, progress
 from tests.live.vms import MIB

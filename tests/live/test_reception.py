@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from migrator import migrate
-from migrator.incoming import Incoming
-from migrator.qmp import Qmp
-from migrator.reception import receive
-from migrator.transport.session import Link
+from migrator.link.session import Link
+from migrator.qemu.qmp import Qmp
+from migrator.receiver.incoming import Incoming
+from migrator.receiver.receive import receive
 from tests.live.moving import VERIFIED
 from tests.live.sending import MIGRATOR
 from tests.live.vms import Machine, pair

@@ -18,12 +18,12 @@ from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import migrate
 from migrator import Limits
-from migrator.decisions import policy_of
-from migrator.downtime import Fixed
 from migrator.errors import MigratorError, TraceError, VmError
-from migrator.guest import PAGE_SIZE, Workload
-from migrator.record import Options, Recorded, record
-from migrator.trace import numbers, read, united
+from migrator.guest.workload import PAGE_SIZE, Workload
+from migrator.policy.downtime import Fixed
+from migrator.policy.policies import policy_of
+from migrator.watch.record import Options, Recorded, record
+from migrator.watch.trace import numbers, read, united
 from tests.live.moving import Ram, move
 from tests.live.vms import MIB, Machine, Pair
 from tests.live.watching import MIGRATOR, OTHER_PAGES, SPOT, STEADY, with_source

@@ -21,8 +21,8 @@ import pytest
 
 from migrator import Refused, migrate
 from migrator.errors import Finding
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 from tests.live.conftest import mounted
 from tests.live.moving import VERIFIED, TwoKinds, move

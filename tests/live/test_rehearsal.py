@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from migrator import Aborted, Failed, Progress, Refused, Report, migrate
-from migrator.guest import Workload, heartbeats
-from migrator.phases import Phase
-from migrator.qmp import Qmp
+from migrator.guest.workload import Workload, heartbeats
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Ram, Watch, check_still_at_source, move, once
 from tests.live.test_pages import with_pair
 from tests.live.test_unseen import PAGES, write_unseen

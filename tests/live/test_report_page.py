@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from migrator import Options, migrate
-from migrator.report import Report
+from migrator.report.report import Report
 from tests.live.moving import VERIFIED
 from tests.live.vms import MIB, Machine, pair
-from tests.migrator.test_report_page import check, words
+from tests.migrator.report.test_page import check, words
 
 pytestmark = pytest.mark.live
 

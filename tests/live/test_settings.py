@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from migrator import Aborted, Failed, Progress, migrate
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.resolution import resolve
-from migrator.settings import SOURCE_PARAMETERS
-from migrator.vm import Vm
+from migrator.guest.workload import Workload
+from migrator.qemu.process import Vm
+from migrator.qemu.settings import SOURCE_PARAMETERS
+from migrator.receiver.resolution import resolve
+from migrator.report.phases import Phase
 from tests.live.killed import ORCHESTRATOR, WITH_ITS_GUARD
 from tests.live.monitors import Monitor
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move

@@ -12,8 +12,8 @@ import pytest
 
 from migrator import Aborted, Limits, Options, migrate
 from migrator.errors import MigrationError, Refused
-from migrator.guest import Workload
-from migrator.phases import Phase
+from migrator.guest.workload import Workload
+from migrator.report.phases import Phase
 from tests.live.conftest import mounted
 from tests.live.moving import VERIFIED, Ram, TwoKinds, Watch, check_still_at_source, move, once
 from tests.live.sending import Road, eventually, on_a_road

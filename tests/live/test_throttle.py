@@ -14,8 +14,8 @@ import pytest
 
 from migrator import Aborted, Limits, Options, Progress, Report, migrate
 from migrator.errors import Failed, Refused
-from migrator.guest import Workload
-from migrator.throttling import AUTO
+from migrator.guest.workload import Workload
+from migrator.policy.throttling import AUTO
 from tests.live.moving import VERIFIED, Ram, check_still_at_source
 from tests.live.sending import Road, eventually, on_a_road
 from tests.live.vms import MIB, Machine, Pair, pair
@@ -184,7 +184,7 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         raise NotTracking("uffd-sync", "as in Linux 5.18")
 
     async def body(vms: Pair) -> None:
-        monkeypatch.setattr("migrator.preflight.check_answering", check)
+        monkeypatch.setattr("migrator.preflight.preflight.check_answering", check)
         with pytest.raises(Refused) as caught:
             await migrate(vms.source.qmp, vms.destination.qmp, NEVER_FITS)
         (finding,) = caught.value.findings

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from migrator import Failed, migrate, strategies
-from migrator.phases import Phase
+from migrator import Failed, migrate
+from migrator.report.phases import Phase
+from migrator.tracking import strategies
 from tests.live.moving import VERIFIED, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import Machine, pair
@@ -39,7 +40,7 @@ def test_a_whole_migration(chunk: int, qemu: Qemu, monkeypatch: pytest.MonkeyPat
         def __init__(self, pid: int, blocks: Sequence[RamBlock], **_: int) -> None:
             super().__init__(pid, blocks, chunk=chunk)
 
-    monkeypatch.setattr("migrator.strategies.UffdSync", Chunked)
+    monkeypatch.setattr("migrator.tracking.strategies.UffdSync", Chunked)
 
     async def run() -> None:
         async with pair(Machine(qemu=qemu.require())) as vms:
@@ -56,7 +57,7 @@ def test_one_that_says_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
             found = super().collect()
             return {name: DirtyBitmap.empty(pages.npages) for name, pages in found.items()}
 
-    monkeypatch.setattr("migrator.strategies.UffdSync", Silent)
+    monkeypatch.setattr("migrator.tracking.strategies.UffdSync", Silent)
 
     async def run() -> None:
         async with pair() as vms:
@@ -75,7 +76,7 @@ def test_a_server_that_is_killed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
             servers.append(self._server.pid)
 
     servers: list[int] = []
-    monkeypatch.setattr("migrator.strategies.UffdSync", Killed)
+    monkeypatch.setattr("migrator.tracking.strategies.UffdSync", Killed)
 
     async def run() -> None:
         async with pair() as vms:
@@ -83,7 +84,7 @@ def test_a_server_that_is_killed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(Failed, match="nobody answers write faults"):
                 await migrate(vms.source.qmp, vms.destination.qmp, VERIFIED, watch=watch)
             await check_still_at_source(vms)
-            monkeypatch.setattr("migrator.strategies.UffdSync", UffdSync)
+            monkeypatch.setattr("migrator.tracking.strategies.UffdSync", UffdSync)
             await move(vms)
             await vms.check_heartbeat_unbroken()
 

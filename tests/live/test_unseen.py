@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from migrator import migrate
-from migrator.guest import Workload
-from migrator.phases import Phase
-from migrator.plan import Plan
-from migrator.preflight import preflight
-from migrator.qmp import Qmp
-from migrator.side import Side
+from migrator.guest.workload import Workload
+from migrator.preflight.plan import Plan
+from migrator.preflight.preflight import preflight
+from migrator.preflight.waiting import Side
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Ram, Watch, move, once
 from tests.live.test_pages import LENGTH, SPOT, fails, with_pair
 from tests.live.vms import MIB, Machine, Pair
@@ -78,7 +78,7 @@ def with_source(monkeypatch: pytest.MonkeyPatch, kind: type[Everything]) -> list
         made.append(kind(blocks))
         return made[-1:]
 
-    monkeypatch.setattr("migrator.sources.dma_sources", sources)
+    monkeypatch.setattr("migrator.tracking.sources.dma_sources", sources)
     return made
 
 
@@ -144,7 +144,7 @@ def stopping_first(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = await preflight(source, side, **options)
         return replace(plan, stop_first=True)
 
-    monkeypatch.setattr("migrator.orchestrator.preflight", changed)
+    monkeypatch.setattr("migrator.migration.orchestrator.preflight", changed)
 
 
 def test_stopped_before_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:

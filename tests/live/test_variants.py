@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from migrator import migrate
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.conftest import require
 from tests.live.moving import VERIFIED, Ram, TwoKinds, move, once
 from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu

@@ -18,14 +18,14 @@ import pytest
 from numpy.typing import NDArray
 
 from migrator import Failed, MigratorError, Refused, migrate
-from migrator.cli_watch import watch as watch_command
+from migrator.cli.watch import watch as watch_command
 from migrator.errors import QmpUnreachable, VmError
-from migrator.guest import PAGE_SIZE, Workload
-from migrator.policy import Limits
-from migrator.qmp import Qmp
-from migrator.sight import CELLS, Sight
-from migrator.strategies import COARSE, STRATEGIES
-from migrator.watch import Options, watch
+from migrator.guest.workload import PAGE_SIZE, Workload
+from migrator.policy.judge import Limits
+from migrator.qemu.qmp import Qmp
+from migrator.tracking.strategies import COARSE, STRATEGIES
+from migrator.watch.sample import CELLS, Sight
+from migrator.watch.watch import Options, watch
 from tests.live.moving import Ram, move
 from tests.live.vms import MIB, Machine, Pair, pair
 from tests.live.watching import (

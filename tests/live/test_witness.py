@@ -12,10 +12,10 @@ import pytest
 
 from migrator import Failed, MigratorError, Undecided
 from migrator.errors import LinkError
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.resolution import resolve
-from migrator.settings import read_settings, to_undo
+from migrator.qemu.qmp import Qmp
+from migrator.qemu.settings import read_settings, to_undo
+from migrator.receiver.resolution import resolve
+from migrator.report.phases import Phase
 from tests.live.moving import once
 from tests.live.sending import Receiver, Road, comes_to, eventually, monitor, on_a_road, state
 from tests.live.test_cuts import COMPLETE
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.live
 
 _RECEIVE = """
 import os, signal, sys
-from migrator import reception
-from migrator.cli import main
-from migrator.destination import LocalDestination
-from migrator.devicestate import Outgoing
+from migrator.receiver import receive as reception
+from migrator.cli.main import main
+from migrator.migration.destination import LocalDestination
+from migrator.qemu.devicestate import Outgoing
 
 when, with_its_witness = sys.argv.pop(1), sys.argv.pop(1)
 witnesses = []
@@ -79,7 +79,7 @@ def witness_of(receiver: Receiver) -> int:
     """The process of its witness."""
     children = Path(f"/proc/{receiver.process.pid}/task/{receiver.process.pid}/children")
     for pid in map(int, children.read_text().split()):
-        if b"migrator.witness" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"migrator.receiver.witness" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
     raise AssertionError("it has no witness")
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from migrator import Failed, Report
-from migrator.budget import Budget
 from migrator.errors import LinkError, VmError
-from migrator.phases import Phase
-from migrator.qmp import Qmp
-from migrator.resolution import Resolution, resolve
-from migrator.switchover import Switchover
+from migrator.migration.budget import Budget
+from migrator.migration.switchover import Switchover
+from migrator.qemu.qmp import Qmp
+from migrator.receiver.resolution import Resolution, resolve
+from migrator.report.phases import Phase
 from tests.live.moving import once
 from tests.live.sending import MIGRATOR, Road, eventually, monitor, on_a_road, state
 from tests.live.test_cuts import (
@@ -47,7 +47,7 @@ def mended_when_missed(road: Road) -> Iterator[None]:
                 road.hosts.mend()
 
     handler = Mend()
-    logger = logging.getLogger("migrator.remote")
+    logger = logging.getLogger("migrator.migration.remote")
     logger.addHandler(handler)
     try:
         yield

@@ -1,9 +1,9 @@
 """A guest of two processors, one of which writes memory for ever while the other only reads it.
 
-A boot sector like that of :mod:`migrator.bootsector`. The first processor adds one to the first
-byte of each page of a working set, in order, over and over, with a heartbeat on the serial port
-every so many pages; the second one reads the same bytes, and writes nothing at all. Each counts its
-pages in a register, which QEMU's monitor shows: :func:`progress`.
+A boot sector like that of :mod:`migrator.guest.bootsector`. The first processor adds one to the
+first byte of each page of a working set, in order, over and over, with a heartbeat on the serial
+port every so many pages; the second one reads the same bytes, and writes nothing at all. Each
+counts its pages in a register, which QEMU's monitor shows: :func:`progress`.
 
 ====  =====================================  ====  =====================================
 esi   pages that were written, or read       ebp   pages until the next heartbeat
@@ -20,10 +20,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import bootsector
-from migrator.assembly import SECTOR_SIZE, Assembly
-from migrator.guest import IMAGE_BYTES, MIB, PAGE_SIZE
-from migrator.qmp import Qmp
+from migrator.guest import bootsector
+from migrator.guest.assembler import SECTOR_SIZE, Assembly
+from migrator.guest.workload import IMAGE_BYTES, MIB, PAGE_SIZE
+from migrator.qemu.qmp import Qmp
 from tests.live.vms import Machine
 
 _STACK = 0x7000

@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator.guest import Workload, boot_image, guest_args, heartbeats
-from migrator.qmp import Qmp
-from migrator.vm import RunDirectory, Vm
+from migrator.guest.workload import Workload, boot_image, guest_args, heartbeats
+from migrator.qemu.process import RunDirectory, Vm
+from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 
 MIB = 1 << 20

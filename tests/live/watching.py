@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrator.guest import PAGE_SIZE, Workload
-from migrator.sight import CELLS, Sight
-from migrator.strategies import COARSE
-from migrator.watch import Options, watch
+from migrator.guest.workload import PAGE_SIZE, Workload
+from migrator.tracking.strategies import COARSE
+from migrator.watch.sample import CELLS, Sight
+from migrator.watch.watch import Options, watch
 from tests.live.vms import MIB, Machine, Pair, pair
 from tests.processes import is_running
 from tracker.answered.uffdsync import UffdSync

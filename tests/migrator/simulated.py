@@ -9,9 +9,9 @@ import numpy as np
 
 from bench.simulate.costs import Costs
 from bench.simulate.run import NEVER_SLOWED, migrate
-from migrator.decisions import Policy
-from migrator.policy import Decision, Verdict
-from migrator.throttling import Throttling
+from migrator.policy.judge import Decision, Verdict
+from migrator.policy.policies import Policy
+from migrator.policy.throttling import Throttling
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory.ram import RamBlock
 

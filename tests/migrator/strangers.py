@@ -7,7 +7,7 @@ import json
 import ssl
 from typing import Any
 
-from migrator.transport import envelope
+from migrator.link import envelope
 
 
 class Stranger:

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from migrator.destination import LocalDestination
-from migrator.door import listen
+from migrator.aio import within
 from migrator.errors import MigratorError
-from migrator.incoming import Outcome
-from migrator.qmp import MemoryBackend
-from migrator.receiver import Receiver
-from migrator.settle import within
-from migrator.tls import load
-from migrator.transport.session import Link, Session
+from migrator.link.session import Link, Session
+from migrator.link.tls import load
+from migrator.migration.destination import LocalDestination
+from migrator.qemu.qmp import MemoryBackend
+from migrator.receiver.door import listen
+from migrator.receiver.incoming import Outcome
+from migrator.receiver.receiver import Receiver
 from migrator.transport.stream import StreamCopy
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Mapper, Ram
@@ -206,7 +206,7 @@ async def connected(
 ) -> AsyncIterator[Hosts]:
     """Two hosts, and a stream that is open between them.
 
-    :param keys: see :func:`migrator.tls.load`; not secured without
+    :param keys: see :func:`migrator.link.tls.load`; not secured without
     :param cuts: see :class:`Way`; the first connection is the one for messages
     :param prepare: fills their RAM
     """

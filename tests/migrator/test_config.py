@@ -337,7 +337,7 @@ def test_the_reference_names_every_key() -> None:
 
 
 def test_the_reference_names_every_placeholder() -> None:
-    from migrator.vm import fill_in
+    from migrator.qemu.process import fill_in
 
     named = set(re.findall(r"^# +(?:--)? *((?:\{[a-z]+\} ?)+) ", DEMO.read_text(), re.MULTILINE))
     words = {word for line in named for word in line.split()}

@@ -20,14 +20,15 @@ from rich.console import Console
 
 from bench.cli.main import main as bench_main
 from bench.page.markdown import parts
-from migrator import doctor, heatmap
-from migrator.cli import main
-from migrator.cli_control import _table
-from migrator.display import Display, findings, line, summary
+from migrator.cli.control import _table
+from migrator.cli.display import Display, findings, line, summary
+from migrator.cli.main import main
+from migrator.doctor import examine as doctor
 from migrator.errors import ConfigError, Failed, Finding, Refused, Undecided, VmError
 from migrator.harmless import Formatter, harmless
-from migrator.page import memory, migration, style
-from migrator.report import DirtyMap, MappedBlock, MapRow, Progress, Report, Round
+from migrator.report.page import memory, migration, style
+from migrator.report.report import DirtyMap, MappedBlock, MapRow, Progress, Report, Round
+from migrator.watch import view as heatmap
 
 FORGED = "completed: all is well"
 EVIL = f"a\x1b]0;title\x07\x1b[2J\x9b31m\r\n{FORGED}\n\x00\u202edlrow\u2028"
@@ -124,7 +125,7 @@ def test_errors(error: Any, with_report: bool, monkeypatch: pytest.MonkeyPatch) 
         logging.getLogger(EVIL).warning("%s", EVIL)
         raise error
 
-    monkeypatch.setattr("migrator.orchestrator.migrate", migrate)
+    monkeypatch.setattr("migrator.migration.orchestrator.migrate", migrate)
     done = CliRunner().invoke(main, ["migrate", "--source=a", "--destination=b", "--json"])
     assert done.exit_code == error.exit_code
     check(done.stderr)
@@ -173,7 +174,7 @@ def test_what_another_host_says(monkeypatch: pytest.MonkeyPatch) -> None:
     async def resolve(*_: object, **__: object) -> Found:
         return Found()
 
-    monkeypatch.setattr("migrator.resolution.resolve", resolve)
+    monkeypatch.setattr("migrator.receiver.resolution.resolve", resolve)
     check(printed_by(["resolve", "--source", "/a"]).stderr)
 
 

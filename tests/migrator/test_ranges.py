@@ -17,8 +17,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from bench.cli.main import main as bench_main
 from bench.strategies.suite import Grid
 from migrator import ranges
-from migrator.cli import main
-from migrator.cli_shared import Number, SizeType, ThrottleType
+from migrator.cli.main import main
+from migrator.cli.shared import Number, SizeType, ThrottleType
 from migrator.config import (
     Console,
     GuestConfig,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.strategies.suite import load as load_suite
-from migrator.cli import main
+from migrator.cli.main import main
 from migrator.config import load as load_config
 from migrator.errors import ConfigError
 from migrator.yamlfile import read

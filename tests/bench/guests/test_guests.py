@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bench.guests import patterns, tableguest
 from bench.guests.guests import SYNTHETIC, Guest
 from migrator import migrate
-from migrator.guest import MIB, PAGE_SIZE
+from migrator.guest.workload import MIB, PAGE_SIZE
 from tests.bench.running import Running, run
 from tests.live.moving import VERIFIED
 from tests.live.qemus import SYSTEM

@@ -14,7 +14,7 @@ import pytest
 from bench.guests import linuxguest
 from bench.guests.guests import LINUX_BYTES, Guest, GuestError
 from migrator import migrate
-from migrator.guest import PAGE_SIZE
+from migrator.guest.workload import PAGE_SIZE
 from tests.bench.running import Running, run
 from tests.live.moving import VERIFIED
 from tests.live.qemus import SYSTEM

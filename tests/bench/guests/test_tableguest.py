@@ -22,9 +22,9 @@ from bench.guests.tableguest import (
     problem,
     table,
 )
-from migrator.assembly import SECTOR_SIZE
-from migrator.bootsector import Parameters
-from migrator.guest import PAGE_SIZE
+from migrator.guest.assembler import SECTOR_SIZE
+from migrator.guest.bootsector import Parameters
+from migrator.guest.workload import PAGE_SIZE
 from tests.conftest import require
 
 # Numbers too wide for a sign-extended byte, as `as` would choose the shorter encoding for those.

@@ -17,11 +17,11 @@ from bench.cli.main import main
 from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import Outcome, migrate
-from migrator.decisions import policy_of
-from migrator.downtime import Fixed
-from migrator.policy import Limits, PolicyName
-from migrator.report import Report, Round
-from migrator.trace import Block, Header, Record, Trace, Writer
+from migrator.policy.downtime import Fixed
+from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.policies import policy_of
+from migrator.report.report import Report, Round
+from migrator.watch.trace import Block, Header, Record, Trace, Writer
 from tracker.bits.bitmap import DirtyBitmap
 
 PAGE = 4096

@@ -19,7 +19,7 @@ from bench.hosts.twohosts import missing
 from bench.stream import transport
 from bench.stream.content import PAGE, SHAPES, Shape, differing, fill
 from bench.stream.transport import Case, Differs, Rig
-from migrator import keys
+from migrator.link import keys
 from tests.conftest import require
 from tests.live.qemus import SYSTEM
 from tests.live.twohosts import two_hosts

@@ -23,7 +23,7 @@ from bench.moving.ways import Moved, Terms, Way
 from bench.versus import run as versus
 from bench.versus.tables import markdown
 from bench.versus.targets import TARGETS, Target, broken_by_us, finalists, ratio
-from migrator.guest import PAGE_SIZE
+from migrator.guest.workload import PAGE_SIZE
 from tests.bench.stream.test_stream import left_by, start
 from tests.conftest import require
 from tests.live.qemus import SYSTEM

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from migrator.edu import BAR, COMMAND_REGISTER, RUN
-from migrator.guest import MIB, Workload
+from migrator.guest.edu import BAR, COMMAND_REGISTER, RUN
+from migrator.guest.workload import MIB, Workload
 from tests.lab.inside.devices import Device
 from tests.live.dma import TIMEOUT_S, Guest, started
 from tests.live.vms import Machine

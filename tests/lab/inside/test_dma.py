@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.qmp import Qmp
+from migrator.qemu.qmp import Qmp
 from tests.lab.inside.devices import Device
 from tests.live.vms import MIB, Machine, pair
 from tests.tracker import naive

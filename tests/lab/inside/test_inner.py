@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.edu import BAR, SOURCE
-from migrator.guest import PAGE_SIZE
+from migrator.guest.edu import BAR, SOURCE
+from migrator.guest.workload import PAGE_SIZE
 from tests.lab.inside import inner
 from tests.lab.inside.devices import Device
 from tests.live.dma import Guest

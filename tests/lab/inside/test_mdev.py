@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from migrator.qmp import Qmp
-from migrator.vm import Vm
+from migrator.qemu.process import Vm
+from migrator.qemu.qmp import Qmp
 from tests.lab.inside.devices import Device
 from tests.live.vms import MIB, Machine, pair
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from migrator import Failed, Limits, Options, Refused, Report, migrate
-from migrator.phases import Phase
-from migrator.qmp import Qmp
+from migrator.qemu.qmp import Qmp
+from migrator.report.phases import Phase
 from tests.lab.inside import inner
 from tests.lab.inside.devices import Device
 from tests.lab.inside.test_mdev import passed_through
@@ -75,7 +75,7 @@ def test_what_a_device_wrote_is_not_lost(
     async def body() -> tuple[int, Report, Report]:
         async with inner.running(two_sides(edu, inner_qemu, tmp_path)) as guest:
             with monkeypatch.context() as patched:
-                patched.setattr("migrator.sources.dma_sources", lambda *_: [])
+                patched.setattr("migrator.tracking.sources.dma_sources", lambda *_: [])
                 with pytest.raises(Failed, match="pages differ") as caught:
                     await rehearse(guest)
                 assert caught.value.report is not None
@@ -84,7 +84,9 @@ def test_what_a_device_wrote_is_not_lost(
             compared = await rehearse(guest)
             with monkeypatch.context() as patched:
                 patched.setattr("tracker.devices.dma.VfioType1", Sending)
-                patched.setattr("migrator.rehearsal._LOOKS", 0)  # which would never be the last
+                patched.setattr(
+                    "migrator.migration.rehearsal._LOOKS", 0
+                )  # which would never be the last
                 sent = await rehearse(guest, replace(REHEARSAL, policy="send-all"))
             await guest.until_beats(3)
             await guest.until_written(1)
@@ -143,7 +145,7 @@ def test_a_device_that_cannot_be_tracked_is_refused(
         async with inner.running(two_sides(edu, inner_qemu, tmp_path)) as guest:
             vms = guest.vms
             await vms.start_destination()
-            monkeypatch.setattr("migrator.sources.dma_sources", none)
+            monkeypatch.setattr("migrator.tracking.sources.dma_sources", none)
             with pytest.raises(Failed, match="the guest sees nothing of it"):
                 await migrate(vms.source.qmp, vms.destination.qmp, REHEARSAL)
             assert await vms.state(vms.source) == "running"
@@ -161,7 +163,7 @@ def test_a_device_that_is_not_found_is_refused(
         async with inner.running(two_sides(edu, inner_qemu, tmp_path)) as guest:
             vms = guest.vms
             await vms.start_destination()
-            monkeypatch.setattr("migrator.preflight.dma_sources", lambda *_: [])
+            monkeypatch.setattr("migrator.preflight.preflight.dma_sources", lambda *_: [])
             with pytest.raises(Refused, match="none of its VFIO devices was found"):
                 await migrate(vms.source.qmp, vms.destination.qmp, REHEARSAL)
             assert await vms.state(vms.source) == "running"

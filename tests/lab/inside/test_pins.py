@@ -23,7 +23,7 @@ def cells() -> Cells:
     """What ``migrator doctor --pins --json`` says; its table is in the test's output."""
     HUGE_POOL.write_text(str(NPAGES))
     try:
-        program = "from migrator.cli import main; main()"
+        program = "from migrator.cli.main import main; main()"
         command = [sys.executable, "-c", program, "doctor", "--pins", "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from bench.cli.main import main
-from migrator.guest import MIB
+from migrator.guest.workload import MIB
 from tests.live.qemus import SYSTEM
 from tests.live.vms import Machine
 from tests.live.watching import sees_the_working_set

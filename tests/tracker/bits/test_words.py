@@ -222,7 +222,7 @@ _WITH_KERNELS = (
     *("tracker/bits/test_words", "tracker/bits/test_union", "tracker/bits/test_rescale"),
     *("tracker/bits/test_bitmap", "tracker/bits/test_merge", "tracker/bits/test_heat"),
     *("tracker/bits/test_regions", "tracker/devices/test_iova", "tracker/memory/test_pages"),
-    *("tracker/memory/test_pagehash", "migrator/test_runs"),
+    *("tracker/memory/test_pagehash", "migrator/transport/test_runs"),
 )
 
 

@@ -15,8 +15,8 @@ import random
 
 import pytest
 
-from migrator.guest import Workload
-from migrator.qmp import Qmp
+from migrator.guest.workload import Workload
+from migrator.qemu.qmp import Qmp
 from tests.lab.inside.selftest.mock_iommu import APERTURE_START, MockIommu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bits.merge import Merged, merge

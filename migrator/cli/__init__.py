@@ -1,0 +1,1 @@
+"""The command migrator: a file for each group of its subcommands."""

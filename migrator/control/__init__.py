@@ -1,0 +1,1 @@
+"""Asking a migration that is under way: the socket it listens at, and its clients."""

@@ -1,0 +1,1 @@
+"""Is this host able to migrate, and if not, what mends it."""

@@ -1,0 +1,1 @@
+"""The built-in workload guest, from its assembler to its boot sector."""

@@ -1,0 +1,1 @@
+"""The way to another host: keys, TLS, connections, messages and sessions."""

@@ -1,0 +1,1 @@
+"""A migration in its order: rounds, switchover, both destinations, and the guard."""

@@ -1,0 +1,1 @@
+"""QEMU itself: its monitor, its process, its settings, its device state."""

@@ -1,0 +1,1 @@
+"""The side that receives: its door, its steps, its states, and its witness."""

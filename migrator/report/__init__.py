@@ -1,0 +1,1 @@
+"""What happened in a migration: phases, account, report."""

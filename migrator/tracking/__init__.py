@@ -1,0 +1,1 @@
+"""All dirty sources of a running VM, read together."""

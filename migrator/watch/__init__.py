@@ -1,0 +1,1 @@
+"""The tracking alone: a VM that is watched, or recorded."""
