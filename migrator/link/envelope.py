@@ -1,8 +1,9 @@
 """Messages on a connection between two hosts: how they are framed, and how long they may be.
 
 All numbers are little-endian. A connection begins with an opening of each side; a message is the
-sizes of what follows, JSON, and bytes that belong to it. ``docs/protocol.md`` has the order in which
-things are said. Nothing that comes decides how much memory is taken but within the limits below.
+sizes of what follows, JSON, and bytes that belong to it. ``docs/protocol.md`` has the order in
+which things are said. Nothing that comes decides how much memory is taken but within the limits
+below.
 """
 
 from __future__ import annotations

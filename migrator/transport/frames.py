@@ -1,8 +1,8 @@
 """Frames on a connection for pages: formats, limits, and their checks.
 
-All numbers are little-endian. ``docs/protocol.md`` has the order in which frames are sent. What comes is
-checked before anything is done with it, and decides how much memory is taken only within the limits
-below.
+All numbers are little-endian. ``docs/protocol.md`` has the order in which frames are sent. What
+comes is checked before anything is done with it, and decides how much memory is taken only within
+the limits below.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from migrator.aio import ended, settle
 from migrator.errors import Aborted, NoSpace
 from migrator.report.phases import Phase, Phases
 from tracker.memory.ram import RamBlock
@@ -214,4 +215,5 @@ async def given_up_in_time(
         raise
     finally:
         looking.cancel()
-        await asyncio.wait([looking])
+        # a body that came to its end has handed the VM over: that is not to be cancelled any more
+        await settle(ended(looking), too_late=True)

@@ -165,6 +165,20 @@ def test_a_cancellation_by_others_stays_one() -> None:
     asyncio.run(cancelled())
 
 
+def test_a_body_that_has_ended_is_not_cancelled_any_more() -> None:
+    """The destination runs: a signal that comes just then must not make it undecided."""
+
+    async def body() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        async with given_up_in_time(lambda: None, Phases(lambda _: None)):
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(task.cancel)  # at the next step of the loop
+        return "handed over"
+
+    assert asyncio.run(body()) == "handed over"
+
+
 # -- reserving, on one host ---------------------------------------------------------------------
 
 
