@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.kernels.work import Case, Work, work
-from migrator.warm import warm_up
+from migrator.transport.warm import warm_up
 from tracker.bits.words import kernel
 
 Words = NDArray[np.uint64]

@@ -18,7 +18,7 @@ from migrator.link.session import Link, Session
 from migrator.link.tls import load
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.stream import StreamCopy
-from migrator.warm import warm_up
+from migrator.transport.warm import warm_up
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory.ram import RamBlock
 

@@ -24,7 +24,7 @@ from migrator.receiver.door import listen
 from migrator.receiver.incoming import Outcome
 from migrator.receiver.receiver import PATIENCE_S, Receiver
 from migrator.receiver.witness import Witness
-from migrator.warm import warm_up
+from migrator.transport.warm import warm_up
 
 _log = logging.getLogger(__name__)
 

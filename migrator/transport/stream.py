@@ -30,7 +30,7 @@ from migrator.transport.reservation import no_space_to_hold, no_space_to_run
 from migrator.transport.runs import UNIT
 from migrator.transport.sending import Stream
 from migrator.transport.space import Shortage, growth_bytes, room_of
-from migrator.warm import warm_up
+from migrator.transport.warm import warm_up
 from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.memory import pagehash

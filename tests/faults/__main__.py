@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from migrator.warm import warm_up
+from migrator.transport.warm import warm_up
 from tests.faults import campaign, plans
 from tests.faults.campaign import Result
 from tests.faults.kinds import TWO_HOSTS_ONLY, Fault

@@ -218,7 +218,7 @@ def warm_up() -> None:
     environment = {**os.environ, **_environment()}
     for arguments in (
         ["-m", "compileall", "-q", "migrator", "tests", "tracker"],
-        ["-c", "from migrator.warm import warm_up; warm_up()"],
+        ["-c", "from migrator.transport.warm import warm_up; warm_up()"],
     ):
         done = subprocess.run(
             [sys.executable, *arguments], cwd=CHECKOUT, env=environment, check=False
