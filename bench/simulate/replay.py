@@ -110,13 +110,9 @@ class Replay:
             tiled = DirtyBitmap(npages, words)
         else:
             tiled.words.view(np.uint8)[: (npages + 7) // 8] = np.packbits(
-                np.resize(_bits(pages), npages), bitorder="little"
+                np.resize(pages.mask(), npages), bitorder="little"
             )
         return tiled
-
-
-def _bits(pages: DirtyBitmap) -> NDArray[np.uint8]:
-    return np.unpackbits(pages.words.view(np.uint8), count=pages.npages, bitorder="little")
 
 
 def _spread(n: int) -> NDArray[np.float64]:

@@ -345,8 +345,7 @@ class Rounds:
             )
         spent_s = self._clock() - started
         self._add_owed(sent.undelivered)
-        if sent.undelivered and sent.error is None:
-            self._account.report.reconnects += 1
+        self._account.report.reconnects += sent.reconnected
         current.sent_pages += sent.pages
         current.zero_pages += sent.zero_pages
         current.sent_bytes += sent.bytes

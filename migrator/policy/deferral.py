@@ -112,10 +112,7 @@ class Heat:
         """Forget what was assumed of pages that nobody asked for."""
         self._needed = min(self._needed * 2, _LOOKS)
         for name, left in self._left.items():
-            past = self._history[name]
-            past[
-                np.unpackbits(left.words.view(np.uint8), count=len(past), bitorder="little") > 0
-            ] = 0
+            self._history[name][left.mask()] = 0
 
     def unasked(self, hot: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
         """Of the pages that wait, all but a sample; none of a few, as it would tell little."""

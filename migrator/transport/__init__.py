@@ -21,6 +21,7 @@ class Sent:
     :ivar least_s: what sending as much takes in the long run, where the rate is limited: after a
         pause, a little passes faster
     :ivar undelivered: pages that were asked for and did not arrive, by block; they are owed
+    :ivar reconnected: the link broke, and was made again
     :ivar error: why, where something did not arrive
     """
 
@@ -30,6 +31,7 @@ class Sent:
     wire_bytes: int = 0
     least_s: float = 0.0
     undelivered: dict[str, DirtyBitmap] = field(default_factory=dict)
+    reconnected: bool = False
     error: Exception | None = None
 
 

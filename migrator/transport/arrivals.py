@@ -114,8 +114,7 @@ class Target:
         if not self._block.is_hugetlb:
             return
         with self._lock:
-            filled = self._filled.words & self._present.words
-            pages = np.flatnonzero(np.unpackbits(filled.view(np.uint8), bitorder="little"))
+            pages = (self._filled & self._present).pages()
             addresses = self._block.hva + pages * self._block.page_size
             fault_in(self._pid, addresses.astype(np.uint64))
             self._filled.clear()

@@ -224,8 +224,7 @@ class LocalCopy:
     @staticmethod
     def _map_at_destination(pair: _Pair, dirty: DirtyBitmap) -> None:
         """Let QEMU map what we filled: its page tables are what tells data from holes."""
-        filled = dirty.words & pair.present.words
-        pages = np.flatnonzero(np.unpackbits(filled.view(np.uint8), bitorder="little"))
+        pages = (dirty & pair.present).pages()
         block = pair.destination
         fault_in(pair.destination_pid, (block.hva + pages * block.page_size).astype(np.uint64))
 

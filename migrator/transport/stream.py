@@ -32,7 +32,7 @@ from migrator.transport.sending import Stream
 from migrator.transport.space import Shortage, growth_bytes, room_of
 from migrator.transport.warm import warm_up
 from tracker.bits import words as kernels
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.bitmap import DirtyBitmap, pages_of
 from tracker.memory import pagehash
 from tracker.memory.extents import data_pages
 from tracker.memory.ram import RamBlock
@@ -171,6 +171,7 @@ class StreamCopy:
         except LinkError as error:
             sent.error = error
             return sent
+        sent.reconnected = True
         sent.undelivered = self._not_applied(dirty_units, streams, applied, number)
         self._use_streams()
         return sent
@@ -301,8 +302,8 @@ class StreamCopy:
         runs = np.empty((len(starts), 2), np.uint64)
         runs[:, 0], runs[:, 1] = starts + part.first, lengths * 2
         theirs = stream.digests(Kind.DIGESTS, part.block, runs, count, seed)
-        units = np.flatnonzero(np.unpackbits(selected.view(np.uint8), bitorder="little"))
-        differing = DirtyBitmap.from_pages(len(selected) * 64, units[ours[:count] != theirs])
+        units = pages_of(selected)[ours[:count] != theirs]
+        differing = DirtyBitmap.from_pages(len(selected) * 64, units)
         found[part.block][words] |= differing.words
 
     def _memory(self, part: Part) -> NDArray[np.uint8]:

@@ -128,6 +128,15 @@ class DirtyBitmap:
         """First page and number of pages of each maximal run of set pages, in order."""
         return kernels.runs(self.words)
 
+    def pages(self) -> NDArray[np.int64]:
+        """Numbers of the pages that are set, in order."""
+        return pages_of(self.words)
+
+    def mask(self) -> NDArray[np.bool_]:
+        """One bool a page, shape (npages,)."""
+        bits = np.unpackbits(self.words.view(np.uint8), count=self.npages, bitorder="little")
+        return bits.view(np.bool_)
+
     def add(self, other: DirtyBitmap) -> int:
         """Set the pages of ``other`` too.
 
@@ -169,3 +178,14 @@ class DirtyBitmap:
 
     def __repr__(self) -> str:
         return f"<DirtyBitmap: {self.count()} of {self.npages} pages>"
+
+
+def pages_of(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Numbers of the bits that are set in the words of a bitmap, in order.
+
+    It takes time for words that are not 0, and little for the others.
+    """
+    at = np.flatnonzero(words)
+    bits = np.unpackbits(words[at].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    word, bit = np.nonzero(bits)
+    return (at[word] * 64 + bit).astype(np.int64, copy=False)

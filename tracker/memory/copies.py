@@ -74,7 +74,7 @@ class Copies:
             return DirtyBitmap.empty(pages.npages)
         block, fd = self._blocks[name], self._fds[name]
         data = data_pages(self._pid, block, fd).words
-        numbers = np.flatnonzero(_mask(pages))
+        numbers = pages.pages()
         now = np.empty(len(numbers), np.uint64)
         memory, words = self._memory[name], pages.words
         selected_digests(memory, block.page_size, words, data, self.seed, now, 0, len(words))
@@ -106,7 +106,7 @@ class Copies:
             raise BitmapError(reason)
         if len(digests) != pages.count():
             raise BitmapError(f"{len(digests)} digests of {pages.count()} pages")
-        mask = _mask(pages)
+        mask = pages.mask()
         self._digests[name][mask] = digests
         self._known[name] |= mask
 
@@ -115,9 +115,3 @@ class Copies:
         self._memory.clear()  # nobody else has an array of a mapping: it ends here
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _mask(pages: DirtyBitmap) -> NDArray[np.bool_]:
-    """One bool a page."""
-    bits = np.unpackbits(pages.words.view(np.uint8), count=pages.npages, bitorder="little")
-    return bits.view(np.bool_)

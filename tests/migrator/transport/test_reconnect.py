@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from migrator.link.connection import hang_up
@@ -142,8 +141,7 @@ def lost(sides: Sides, frames: Sequence[int | None], lost_answers: Sequence[int]
         finally:
             await copy.close()
             wire.close()
-        bits = np.unpackbits(owed.words.view(np.uint8), bitorder="little")
-        return sides.differing() - set(np.flatnonzero(bits).tolist())
+        return sides.differing() - set(owed.pages().tolist())
 
     return asyncio.run(body())
 

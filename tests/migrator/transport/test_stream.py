@@ -103,7 +103,7 @@ def test_everything_arrives(
         async with connected(shm, SIZES, keys=secure, prepare=scatter, **link) as hosts:
             allocated = {n: ram.allocated() for n, ram in hosts.source.rams.items()}
             sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
-            assert (sent.error, sent.undelivered) == (None, {})
+            assert (sent.error, sent.undelivered, sent.reconnected) == (None, {}, False)
             assert hosts.differing() == NOTHING
             assert sent.pages == sum(SIZES.values()) == hosts.copy.sent_pages
             assert sent.bytes == (sent.pages - sent.zero_pages) * PAGE
@@ -360,6 +360,7 @@ def test_a_lost_acknowledgement_is_made_up_for(shm: Path, down: int) -> None:
             sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
             assert hosts.differing() == {"ram": set()}
             assert sent.error is None
+            assert sent.reconnected
             assert pages_in(sent.undelivered) == {"ram": set()}
             assert "the source is back" in hosts.said
 
@@ -385,6 +386,7 @@ def test_the_way_back_breaks_too(shm: Path, again: list[Cut]) -> None:
         async with connected(shm, BIG, prepare=everywhere, cuts=cuts, streams=1) as hosts:
             sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
             missing = await check_undelivered(hosts, sent)
+            assert sent.reconnected
             assert missing == set(range(5 * 256, BIG["ram"]))
             assert hosts.way.cuts == []
             assert len(hosts.way.up) > 2 + len(again)

@@ -19,7 +19,6 @@ from migrator.watch.trace import (
     Trace,
     Writer,
     numbers,
-    page_numbers,
     read,
     united,
 )
@@ -177,7 +176,7 @@ def test_records_out_of_order(tmp_path: Path) -> None:
 def test_numbers_and_unions(sets: list[set[int]]) -> None:
     for pages in sets:
         bitmap = DirtyBitmap.from_pages(1000, sorted(pages))
-        assert page_numbers(bitmap).tolist() == sorted(pages)
+        assert bitmap.pages().tolist() == sorted(pages)
         assert numbers(BitMap(pages)).tolist() == sorted(pages)
     before = [BitMap(pages) for pages in sets]
     assert set(united(before)) == set[int]().union(*sets)

@@ -17,6 +17,10 @@ def pages(bitmap: DirtyBitmap) -> set[int]:
     return naive.pages_of(bitmap.words)
 
 
+def _some_of(npages: int) -> st.SearchStrategy[set[int]]:
+    return st.sets(st.integers(0, npages - 1)) if npages else st.just(set())
+
+
 @pytest.mark.parametrize("npages", BOUNDARIES)
 def test_empty_and_full(npages: int) -> None:
     empty, full = DirtyBitmap.empty(npages), DirtyBitmap.full(npages)
@@ -27,6 +31,16 @@ def test_empty_and_full(npages: int) -> None:
     assert full == empty
     empty.set_all()
     assert pages(empty) == set(range(npages))
+
+
+@given(st.sampled_from(BOUNDARIES).flatmap(lambda n: st.tuples(st.just(n), _some_of(n))))
+def test_pages_and_mask(case: tuple[int, set[int]]) -> None:
+    npages, wanted = case
+    bitmap = DirtyBitmap.from_pages(npages, sorted(wanted))
+    assert bitmap.pages().tolist() == sorted(wanted)
+    assert bitmap.pages().dtype == np.int64
+    assert bitmap.mask().tolist() == [page in wanted for page in range(npages)]
+    assert bitmap.mask().dtype == np.bool_
 
 
 @pytest.mark.parametrize("npages", [n for n in BOUNDARIES if n % 64])
