@@ -112,7 +112,7 @@ class _WorkloadType(click.ParamType[str]):
     "workloads",
     multiple=True,
     type=_WorkloadType(),
-    help="What the guest does; may be given again. bench/README.md has the names.",
+    help="What the guest does; may be given again. docs/benchmarks.md has the names.",
 )
 @cli_page.html_option
 def versus(
