@@ -1,18 +1,57 @@
-"""Where compiled kernels are kept when numba finds no place: a service user's read-only system.
+"""How long compiled kernels are good for, and where they are kept when numba finds no place.
 
-What numba keeps is loaded as code. A directory for it is used only if no other user can write to
-it, or put another one in its place.
+What numba keeps is loaded as code. It is good for as long as no file has changed whose kernels may
+be compiled into it. A service user's read-only system has no place for it: then it is kept among
+the temporary files, in a directory that no other user can write to, or put another one in its
+place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
 import tempfile
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
+
+
+_SHARED = ("bits", "memory")  # directories of the tracker whose kernels others call
+
+
+def stamp(dispatcher: Any, function: Callable[..., Any]) -> Any:
+    """Have kept machine code be good for as long as its sources are what they are.
+
+    Numba itself looks at the file of the kernel only, and so would take machine code that has an
+    older version of a kernel of another file in it (numba: ``core/caching.py``,
+    ``IndexDataCacheFile``).
+
+    :param dispatcher: what numba made of ``function``, with a cache
+    :return: the same
+    """
+    # without a cache where it is interpreted; another numba may keep its stamp elsewhere
+    with contextlib.suppress(AttributeError):
+        kept = dispatcher._cache._cache_file
+        if hasattr(kept, "_source_stamp"):
+            kept._source_stamp = _digest(Path(function.__code__.co_filename).parent)
+    return dispatcher
+
+
+@cache
+def _digest(directory: Path) -> str:
+    """A digest of all sources that kernels of a directory may have in them."""
+    tracker = Path(__file__).parents[1]
+    found = sha256()
+    for place in sorted({directory, *(tracker / name for name in _SHARED)}):
+        for file in sorted(place.glob("*.py")):
+            found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def fallback_directory() -> Path | None:

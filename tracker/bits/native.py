@@ -10,9 +10,6 @@ what ``man 2`` says; a pointer is the ``.ctypes`` attribute of an array::
     read(fd, buffer, nbytes) -> int              ioctl(fd, request, argument) -> int
     ppoll(pollfds, n, timespec, sigset) -> int   clock_gettime(clock, timespec) -> int
     errno() -> int, of this thread's last failure
-
-Numba stamps its cache with the file of the kernel itself only: after a change here, delete
-``tracker/__pycache__``.
 """
 
 from __future__ import annotations

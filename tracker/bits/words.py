@@ -15,8 +15,7 @@ only. They hold no lock, so that threads may share one block's words, each with 
 
 :raise BitmapError: whatever kernel it is: lengths that do not fit, bits past the last page
 
-With ``NUMBA_DISABLE_JIT=1`` all of them run as plain Python. Numba stamps its cache with the file
-of the kernel itself only: after a change to one that others call, delete ``tracker/__pycache__``.
+With ``NUMBA_DISABLE_JIT=1`` all of them run as plain Python.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tracker.bits import native
-from tracker.bits.kernelcache import fallback_directory
+from tracker.bits.kernelcache import fallback_directory, stamp
 from tracker.errors import BitmapError
 
 Words = NDArray[np.uint64]
@@ -54,7 +53,7 @@ def kernel(function: Kernel) -> Kernel:
     global _keeps
     if _keeps:
         try:
-            return cast(Kernel, njit(cache=True, nogil=True)(function))
+            return cast(Kernel, stamp(njit(cache=True, nogil=True)(function), function))
         except RuntimeError:  # numba's: it may write neither beside the function nor to HOME
             _keeps = _keep_elsewhere()
             return kernel(function)

@@ -10,9 +10,6 @@ accumulators, which are one vector register; but the next stripe has to wait unt
 added, rotated and multiplied. So four inputs take turns, where a processor is slow to multiply
 64-bit lanes (AVX-512DQ on some) or does it in parts (AVX2). Numba would not make vectors of it by
 itself: LLVM is told to.
-
-Numba stamps its cache with the file of the calling kernel itself only: after a change here, delete
-``tracker/__pycache__``.
 """
 
 from __future__ import annotations

@@ -43,11 +43,23 @@ class Place:
         self.package, self.temporary = base / "package", base / "tmp"
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tracker", self.package / "tracker", ignore=ignore)
-        for directory in (self.package / "tracker", self.package):
-            directory.chmod(0o555)
+        self.writable(False)
         self.temporary.mkdir()
         self.temporary.chmod(0o1777)
         self.kept = self.temporary / f"qemu-migrator-kernels-{self.user}"
+
+    def writable(self, yes: bool) -> None:
+        """Let the package's directories be written to, or not."""
+        for path in (self.package, *self.package.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755 if yes else 0o555)
+
+    def change(self, file: str) -> None:
+        """Add a line to a source that says nothing."""
+        self.writable(True)
+        with (self.package / file).open("a") as source:
+            source.write("# changed\n")
+        self.writable(False)
 
     def run(self) -> subprocess.CompletedProcess[str]:
         """Count the bits of 7, without a home."""
@@ -75,10 +87,10 @@ def place() -> Iterator[Place]:
     base = Path(tempfile.mkdtemp(prefix="kernels", dir="/tmp"))  # pytest's are for one user only
     try:
         base.chmod(0o755)
-        yield Place(base)
+        made = Place(base)
+        yield made
     finally:
-        for directory in (base / "package", base / "package/tracker"):
-            directory.chmod(0o755)
+        made.writable(True)
         shutil.rmtree(base)
 
 
@@ -95,6 +107,20 @@ def test_they_are_kept_in_a_directory_of_the_users_own(place: Place) -> None:
     assert [path for path in kept if "popcount" in path.name]
     place.run()
     assert index_files(place.kept) == kept  # loaded, not compiled again
+
+
+@pytest.mark.parametrize("file", ["tracker/bits/native.py", "tracker/memory/extents.py"])
+def test_they_are_compiled_anew_when_another_source_has_changed(place: Place, file: str) -> None:
+    place.run()
+    before = index_files(place.kept)
+    place.change(file)
+    place.run()
+    after = index_files(place.kept)
+    (popcount,) = [path for path in after if "words.popcount" in path.name]
+    assert after[popcount] != before[popcount]
+    place.change("tracker/sources/uffd.py")  # which has no kernels, and none that call it
+    place.run()
+    assert index_files(place.kept) == after
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes directories of other users")
