@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 from migrator.aio import settle
 from migrator.errors import MigratorError, Unconfirmed, VmError
+from migrator.migration.wards import LocalWard, RemoteWard
 from migrator.preflight.plan import Plan
 from migrator.preflight.waiting import Side, look_at
 from migrator.qemu.devicestate import Outgoing
@@ -40,8 +40,8 @@ class Destination(Protocol):
     def transport(self, source_pid: int, plan: Plan) -> Transport:
         """What carries pages there."""
 
-    def ward(self) -> dict[str, Any]:
-        """How a guard finds it; see :class:`migrator.migration.guard.Wards`."""
+    def ward(self) -> LocalWard | RemoteWard:
+        """How a guard finds it."""
 
     async def prepare(self) -> None:
         """Set it up for device state without RAM."""
@@ -99,14 +99,14 @@ class LocalDestination:
         """A copy from file to file."""
         return LocalCopy(source_pid, plan.source, self.qmp.pid, plan.destination)
 
-    def ward(self) -> dict[str, Any]:
+    @property
+    def settings(self) -> Settings:
+        """Its capabilities and parameters of before, once it was looked at."""
+        return self._before or Settings()
+
+    def ward(self) -> LocalWard:
         """How a guard finds it."""
-        before = self._before or Settings()
-        return {
-            "qmp": os.path.abspath(self.qmp.path),
-            "pid": self.qmp.pid,
-            "settings": asdict(before),
-        }
+        return LocalWard(os.path.abspath(self.qmp.path), self.qmp.pid, self.settings)
 
     async def prepare(self) -> None:
         """Set it up for device state without RAM."""

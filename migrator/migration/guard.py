@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from migrator.errors import MigratorError, VmError
 from migrator.harmless import say
+from migrator.migration.wards import LocalWard, Wards
 from migrator.qemu.qmp import Qmp, is_alive
-from migrator.qemu.rollback import Before, bring_back
+from migrator.qemu.rollback import bring_back
 from migrator.qemu.settings import Settings, put_back
 from tracker import child
 
@@ -42,26 +41,12 @@ _log = logging.getLogger(__name__)
 _PATIENCE_S = 30.0
 
 
-@dataclass(frozen=True)
-class Wards:
-    """The two VMs a guard looks after.
-
-    :ivar source: the source's QMP socket
-    :ivar destination: ``qmp``, ``pid`` and ``settings`` of a destination on this host; of one on
-        another host, the arguments of :func:`migrator.migration.remote.outcome`
-    """
-
-    source: str
-    destination: dict[str, Any]
-    before: Before
-
-
 class Guard:
     """The orchestrator's end of the pipe."""
 
     def __init__(self, wards: Wards) -> None:
         self._process = child.start(partial(main), stdin=subprocess.PIPE, stderr=None)
-        self._say(json.dumps(asdict(wards)))
+        self._say(wards.to_json())
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -113,12 +98,11 @@ def main() -> int:
     first = sys.stdin.readline()
     if not first:
         return 0
-    told: dict[str, Any] = json.loads(first)
-    wards = Wards(**{**told, "before": _before(told["before"])})
+    wards = Wards.from_json(first)
     destination_pidfd = -1
-    with contextlib.suppress(ProcessLookupError):
-        if "pid" in wards.destination:
-            destination_pidfd = os.pidfd_open(wards.destination["pid"])
+    if isinstance(wards.destination, LocalWard):
+        with contextlib.suppress(ProcessLookupError):
+            destination_pidfd = os.pidfd_open(wards.destination.pid)
     step = ""
     for line in sys.stdin:
         step, *how = line.split()
@@ -141,10 +125,6 @@ def _tell(words: str) -> None:
         say(f"migrator guard: {words}")
 
 
-def _before(told: dict[str, Any]) -> Before:
-    return Before(**{**told, "settings": Settings(**told["settings"])})
-
-
 async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
     try:
         if step == "committed" and await _runs_there(wards, destination_pidfd):
@@ -157,18 +137,20 @@ async def _end_well(wards: Wards, step: str, destination_pidfd: int) -> str:
             await source.close()
         return f"the source is {state}"
     finally:
-        if destination_pidfd >= 0 and is_alive(destination_pidfd):
-            settings = Settings(**wards.destination["settings"])
-            await put_back_settings("destination", wards.destination["qmp"], settings)
+        there = wards.destination
+        alive = destination_pidfd >= 0 and is_alive(destination_pidfd)
+        if alive and isinstance(there, LocalWard):
+            await put_back_settings("destination", there.qmp, there.settings)
 
 
 async def _runs_there(wards: Wards, destination_pidfd: int) -> bool:
-    if "qmp" in wards.destination:
-        path, run = wards.destination["qmp"], wards.before.was_running
-        return await runs_in_the_end(path, destination_pidfd, run=run)
+    there = wards.destination
+    if isinstance(there, LocalWard):
+        run = wards.before.was_running
+        return await runs_in_the_end(there.qmp, destination_pidfd, run=run)
     from migrator.migration.remote import outcome
 
-    return await outcome(wards.destination, patience_s=_PATIENCE_S)
+    return await outcome(there, patience_s=_PATIENCE_S)
 
 
 async def put_back_settings(name: str, path: str, before: Settings) -> None:

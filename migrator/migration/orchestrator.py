@@ -26,12 +26,13 @@ from migrator.errors import (
 from migrator.link.session import Link
 from migrator.migration.budget import Budget, standstill_s
 from migrator.migration.destination import Destination, LocalDestination
-from migrator.migration.guard import Guard, Wards
+from migrator.migration.guard import Guard
 from migrator.migration.rehearsal import Rehearsal
 from migrator.migration.remote import RemoteDestination
 from migrator.migration.rounds import Rounds
 from migrator.migration.slowing import Slowing
 from migrator.migration.switchover import HandedOver, Switchover, stop_guest
+from migrator.migration.wards import Wards
 from migrator.policy.downtime import Fixed
 from migrator.policy.judge import Limits, PolicyName
 from migrator.policy.policies import policy_of

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
 
 from migrator.aio import settle, within
 from migrator.errors import LinkError, LinkLost, Unconfirmed, VmError
 from migrator.link.messages import Looked, State, Told, parse
 from migrator.link.session import Link, Session, settle_outcome
+from migrator.migration.wards import RemoteWard
 from migrator.preflight.plan import Plan
 from migrator.preflight.waiting import Side
 from migrator.transport import Transport
@@ -48,9 +48,9 @@ class RemoteDestination:
         self._copy = StreamCopy(self._session, source_pid, plan.source)
         return self._copy
 
-    def ward(self) -> dict[str, Any]:
+    def ward(self) -> RemoteWard:
         """How a guard finds it."""
-        return {"link": self._session.link.to_json(), "session": self._session.token}
+        return RemoteWard(self._session.link.to_json(), self._session.token)
 
     async def prepare(self) -> None:
         """Set it up for device state without RAM."""
@@ -126,14 +126,14 @@ class RemoteDestination:
         self._session.hang_up()
 
 
-async def outcome(ward: dict[str, Any], *, patience_s: float) -> bool:
+async def outcome(ward: RemoteWard, *, patience_s: float) -> bool:
     """Whether the destination runs; one that does not run by now never will. For a guard.
 
     :param ward: what :meth:`RemoteDestination.ward` gave
     :raise LinkError: it cannot be asked
     """
-    link = Link(**ward["link"])
-    answer = await settle_outcome(link, ward["session"], "source", patience_s=patience_s)
+    link = Link(**ward.link)
+    answer = await settle_outcome(link, ward.session, "source", patience_s=patience_s)
     if answer.state not in (State.RUNNING, State.NEVER):
         raise LinkError(f"{link.host}:{link.port}", answer.reason or answer.state.value)
     return answer.state is State.RUNNING

@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 from migrator.aio import in_thread
@@ -290,7 +291,7 @@ class Receiver:
                 self._witness.opened(
                     Opened(
                         *(wanted_open.session, control.fingerprint, reconnect_s + silence_s),
-                        self._destination.ward()["settings"],
+                        asdict(self._destination.settings),
                     )
                 )
             except MigratorError:
