@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 async def settle(work: Coroutine[Any, Any, _T], *, too_late: bool = False) -> _T:
     """Run ``work`` to its end; a cancellation that came meanwhile is raised after it.
 
-    :param too_late: nothing can be cancelled any more: forget that somebody tried
+    :param too_late: nothing can be cancelled any more: a cancellation is dropped
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -57,7 +57,7 @@ async def within(timeout_s: float | None, work: Awaitable[_T]) -> _T:
 
 
 async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call ``function`` in a thread; unlike ``asyncio.to_thread``, never walk away from it."""
+    """Call ``function`` in a thread; unlike ``asyncio.to_thread``, return only when it has."""
     task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
     try:
         return await asyncio.shield(task)

@@ -84,7 +84,7 @@ class Rounds:
             found = await self._look(backends_too=False, defer=True)
             # also what waits: a page that is at the destination already costs less in the end
             everything = without(everything, half)
-            # what is sent after this look is not owed because of it
+            # pages that are sent below, after the look, need not be sent again for what it found
             self._add_owed(without(without(found.merged.bitmaps, everything), self._waiting))
         await self._send(everything)
         self._account.end_round()

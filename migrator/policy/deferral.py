@@ -1,4 +1,4 @@
-"""Which pages wait for the end, because they will be written again: pure, but for its memory.
+"""Which pages wait for the end, because they will be written again. No input, no output.
 
 A page that was written in each of so many last looks is *hot*; at first, in one. Hot pages wait,
 and need no protection while they do, as long as sending them takes no more than a part of the
@@ -33,8 +33,8 @@ _LOOKS = 8  # in a history
 class Choice:
     """Which pages are hot enough.
 
-    :ivar least: least history
-    :ivar limit: so many of those that have just this one
+    :ivar least: the least history byte of a hot page
+    :ivar limit: the most pages to take among those whose history is exactly ``least``
     """
 
     least: int
@@ -66,7 +66,11 @@ def hottest(counts: Counts, pages: int, least: int = history.WRITTEN) -> Choice:
 
 
 class Heat:
-    """The history of all pages.
+    """The history of all pages: in which of the last looks each was written.
+
+    After each look, the pages that it found are either *asked*, which is to say protected again, so
+    that the next look tells whether they were written, or *left*: unprotected, as they wait for the
+    end and are taken to be written all the time.
 
     :param npages: number of pages by block
     :param page_sizes: likewise, in bytes
@@ -115,7 +119,10 @@ class Heat:
             self._history[name][left.mask()] = 0
 
     def unasked(self, hot: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
-        """Of the pages that wait, all but a sample; none of a few, as it would tell little."""
+        """The waiting pages to leave unprotected: all but one word in 16, which are the sample.
+
+        None, where few pages wait, as their faults cost little.
+        """
         few = self._bytes(hot) < _WORTH_LEAVING * self._unit
         found = {}
         for name, pages in hot.items():
@@ -127,9 +134,12 @@ class Heat:
         return found
 
     def again(self, written: Mapping[str, DirtyBitmap]) -> tuple[int, int]:
-        """How much is known to have been written before the last look; and how much of it since.
+        """Bytes written before the last look and protected since, and those of them written again.
 
-        If anything waited, that is the sample of it; else all that was written.
+        Where pages wait, only a sample of them was protected, and the bytes are those of the
+        sample; otherwise they are those of all pages that the look before found.
+
+        :param written: pages that the last look found, by block
         """
         again = {name: pages & written[name] for name, pages in self._asked.items()}
         return self._bytes(self._asked), self._bytes(again)

@@ -44,12 +44,15 @@ class Observation:
     :ivar asked_bytes: written before that one, and protected since
     :ivar again_bytes: of these, written again
     :ivar collect_ms: what collecting took
-    :ivar gap_s: from now until the guest could stand still: sending this round, and preparing
-    :ivar window_bytes: what the guest wrote lately in ``window_s``: what it may write until then
-    :ivar window_s: as long as ``gap_s``; longer if the last interval was
-    :ivar later_bytes: what the guest may write until it stands still, if what waits is sent too
+    :ivar gap_s: seconds from now until the guest can be stopped: to send this round, and to prepare
+        the switchover
+    :ivar window_bytes: bytes that the guest wrote in the last ``window_s`` seconds, which is taken
+        for what it writes during ``gap_s``
+    :ivar window_s: ``gap_s``, or the last interval, if that was longer
+    :ivar later_bytes: bytes that the guest may write until it is stopped, if the waiting pages are
+        sent before that, too
     :ivar throttle_percent: of their time, how much writers had to wait since the last collection
-    :ivar handed_over: whether pages are dirty only because somebody else tracks them now
+    :ivar handed_over: whether pages count as dirty only because another tracker took them over
     """
 
     round: int

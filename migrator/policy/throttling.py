@@ -1,9 +1,9 @@
-"""How much those who write are slowed, where a migration would not come to an end. Pure.
+"""How much the guest's writers are slowed where a migration would not converge. Pure.
 
-A writer that is made to wait for a part of its time writes less by that part, and so is left less
-when the guest stops. It is begun when the rounds have stopped falling short of the limit, and goes
-up in steps, each as large as what was measured asks for, but none at once so large that a wrong
-measurement would halt the guest.
+A writer that waits for a part of its time writes less by that part, so that less is left when the
+guest stops. Slowing begins when the rounds do not get smaller any more and what is left is still
+above the limit. It goes up in steps: each is as large as the last measurement asks for, and small
+enough that a wrong measurement does not halt the guest.
 """
 
 from __future__ import annotations

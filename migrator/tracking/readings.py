@@ -76,7 +76,7 @@ class Readings(Protocol):
         """Suspects that hold data."""
 
     async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
-        """Have whoever writes wait for a part of its time."""
+        """Have the guest's writers wait for a part of their time, at pages that are hot."""
 
     async def slow(self, percent: int, longest_ms: float) -> None:
-        """Change that."""
+        """Change for how long writers wait; which pages are hot stays as it is."""

@@ -162,7 +162,7 @@ class Sources:
             raise VmError(self._vm.name, "its VFIO devices changed (a device was plugged?)")
 
     async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
-        """Have whoever writes wait for a part of its time; see :meth:`slow`.
+        """Have the guest's writers wait for a part of their time; see :meth:`slow`.
 
         :param hot: what is written most, if not everything can be waited for
         :raise TrackerError: it cannot be; nobody waits
@@ -172,7 +172,7 @@ class Sources:
         await self.slow(percent, longest_ms)
 
     async def slow(self, percent: int, longest_ms: float) -> None:
-        """Change that; see :meth:`tracker.answered.uffdsync.UffdSync.slow`.
+        """Change for how long writers wait; see :meth:`tracker.answered.uffdsync.UffdSync.slow`.
 
         :raise SourceError: nobody answers writes any more
         """

@@ -191,7 +191,7 @@ class LocalCopy:
         *,
         guest_stands: bool = False,  # nothing here could be waited for
     ) -> Sent:
-        """See :meth:`migrator.transport.Transport.send`. Stops soon when cancelled."""
+        """See :meth:`migrator.transport.Sender.send`. Stops soon when cancelled."""
         self._sent_pages = 0
         return await self._stoppable(lambda: self._send(dirty, data))
 

@@ -144,7 +144,7 @@ class StreamCopy:
         *,
         guest_stands: bool = False,
     ) -> Sent:
-        """See :meth:`migrator.transport.Transport.send`. Stops soon when cancelled."""
+        """See :meth:`migrator.transport.Sender.send`. Stops soon when cancelled."""
         dirty_units = [ram.units(dirty[ram.block.name]) for ram in self._rams]
         data_units = [ram.units(data[ram.block.name]) for ram in self._rams]
         for stream in self._streams:
