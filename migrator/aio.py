@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def settle(work: Coroutine[Any, Any, _T], *, too_late: bool = False) -> _T:
@@ -70,24 +73,46 @@ async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.
 
 
 @contextmanager
-def cancelled_by_signals(task: asyncio.Future[Any]) -> Iterator[None]:
-    """Have SIGINT, SIGTERM and SIGHUP cancel ``task``, as often as they come; then undo that.
+def on_signals(action: Callable[[], object]) -> Iterator[None]:
+    """Have each SIGINT, SIGTERM and SIGHUP call ``action`` in the event loop; then undo that.
 
-    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored. The handlers of before take over at
+    the end without a gap. ``loop.remove_signal_handler`` would leave one, in which a signal ends
+    the process, whatever was decided by then.
     """
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]
-    for number in before:
-        loop.add_signal_handler(number, task.cancel)
-    try:
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+
+    def heed() -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in reader.recv(64):
+                if number in before:
+                    action()
+
+    with reader, writer:
+        loop.add_reader(reader, heed)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in before:
+            signal.signal(number, lambda *_: None)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            loop.remove_reader(reader)
+
+
+@contextmanager
+def cancelled_by_signals(task: asyncio.Future[Any]) -> Iterator[None]:
+    """Have signals cancel ``task``, as often as they come; see :func:`on_signals`."""
+    with on_signals(task.cancel):
         yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
 
 
 async def ended(task: asyncio.Future[Any]) -> None:

@@ -7,6 +7,7 @@ signal that arrives while it is printed changes it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -151,6 +152,12 @@ class Ending:
         self._hurried = False
         self._heeded = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         self._heed()
+        # an interpreter that ends resets its handlers: a signal would then decide the status
+        atexit.register(self._heed_no_more)
+
+    def _heed_no_more(self) -> None:
+        for number in self._heeded:
+            signal.signal(number, signal.SIG_IGN)
 
     def _heed(self) -> None:
         for number in self._heeded:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from migrator.aio import in_thread, settle
+from migrator.aio import in_thread, on_signals, settle
 from migrator.errors import ConfigError, VmError
 from migrator.link.tls import load, parse_peer
 from migrator.migration.destination import LocalDestination
@@ -90,7 +89,10 @@ async def receive(
         if context is None:
             raise ConfigError("expected --tls: without it nobody can show who they are")
     async with AsyncExitStack() as stack:
-        interrupted = stack.enter_context(_Interrupted())
+        task = asyncio.current_task()
+        assert task is not None
+        interrupted = _Interrupted(task)
+        stack.enter_context(on_signals(lambda: interrupted.action()))
         await in_thread(_compile)
         try:
             listener = stack.enter_context(listen(*address))
@@ -148,32 +150,16 @@ async def _start(command: list[str], run_directory: RunDirectory, stack: AsyncEx
 
 
 class _Interrupted:
-    """Ctrl-C, SIGTERM and SIGHUP: at first they cancel this task, once, which takes QEMU along.
-
-    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
-    """
+    """What a signal does: at first it cancels this task, once, which takes QEMU along."""
 
     action: Callable[[], object]
 
-    def __enter__(self) -> _Interrupted:
-        task = asyncio.current_task()
-        assert task is not None
-
+    def __init__(self, task: asyncio.Task[Any]) -> None:
         def cancel() -> None:
             self.action = lambda: None
             task.cancel()
 
         self.action = cancel
-        self._numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            self._numbers.append(signal.SIGHUP)
-        for number in self._numbers:
-            asyncio.get_running_loop().add_signal_handler(number, lambda: self.action())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in self._numbers:
-            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 def _text(address: tuple[str, int]) -> str:

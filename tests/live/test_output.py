@@ -282,6 +282,29 @@ def test_a_signal_hurries_last_words_that_are_stuck(signals: int, told: bytes) -
     assert (done.returncode, done.stdout) == (3, told)
 
 
+_ENDS = """
+import os, time
+from migrator.cli.output import Ending
+
+class Last:
+    def __del__(self, write=os.write, sleep=time.sleep):  # when the interpreter takes itself apart
+        write(1, b"ending")
+        sleep(1)
+
+last, ending = Last(), Ending()
+ending.decide(3)
+ending.leave(lambda: None)
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_status() -> None:
+    with subprocess.Popen([sys.executable, "-c", _ENDS], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(6) == b"ending"
+        child.send_signal(signal.SIGTERM)
+    assert child.returncode == 3
+
+
 def test_a_status_is_decided_once() -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from migrator.aio import in_thread, settle, within
+from migrator.aio import cancelled_by_signals, in_thread, on_signals, settle, within
 
 
 def test_the_result() -> None:
@@ -240,3 +243,87 @@ def test_which_wait_for_does_forget() -> None:
         return asyncio.wait_for(work, timeout_s)
 
     assert asyncio.run(_cancelled_together_with(42, wait)) == 42
+
+
+# -- signals --------------------------------------------------------------------------------------
+
+_IN_AND_OUT = """
+import asyncio, signal
+from migrator.aio import cancelled_by_signals
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+async def main():
+    print("ready", flush=True)
+    for _ in range(3000):
+        with cancelled_by_signals(asyncio.get_running_loop().create_future()):
+            await asyncio.sleep(0)
+
+asyncio.run(main())
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an interpreter that ends resets its handlers
+"""
+
+
+def test_no_signal_ends_the_process_between_two_handlers() -> None:
+    command = [sys.executable, "-c", _IN_AND_OUT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        sent = 0
+        while child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            sent += 1
+    assert child.returncode == 0, f"after {sent} signals"
+
+
+def test_each_signal_calls_and_the_handlers_of_before_are_back() -> None:
+    heeded: list[int] = []
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+
+    async def body() -> None:
+        called = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            called.clear()
+
+            def act(number: int = number) -> None:
+                heeded.append(number)
+                called.set()
+
+            with on_signals(act):
+                signal.raise_signal(number)
+                await asyncio.wait_for(called.wait(), 10)
+
+    asyncio.run(body())
+    assert heeded == [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_wakes_a_loop_that_waits() -> None:
+    """Sent to another thread, too, which does not run Python's handlers."""
+
+    async def body() -> float:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        started = time.monotonic()
+        with cancelled_by_signals(task):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return time.monotonic() - started
+
+    assert asyncio.run(body()) < 30
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+
+        async def body() -> None:
+            with on_signals(lambda: pytest.fail("it was heeded")):
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+                signal.raise_signal(signal.SIGHUP)
+                await asyncio.sleep(0.05)
+
+        asyncio.run(body())
+    finally:
+        signal.signal(signal.SIGHUP, before)
