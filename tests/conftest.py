@@ -15,9 +15,13 @@ def _sockets_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _ctrl_c_is_heeded() -> None:
-    """By what tests start, too: in the background of a shell it is ignored, which is inherited."""
+def _signals_are_heeded() -> None:
+    """By what tests start, too: in the background of a shell, or under ``nohup``, they are ignored.
+
+    A process inherits that.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def require(missing: str | None) -> None:

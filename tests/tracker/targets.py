@@ -116,7 +116,7 @@ def run_tracer(pid: int, program: str, timeout_s: float = 20) -> subprocess.Comp
 def start_tracer(pid: int, program: str) -> subprocess.Popen[str]:
     preamble = (
         "import os, signal, time\n"
-        "from tracker import injector, tracee\n"
+        "from tracker.inject import injector, tracee\n"
         "from tracker.abi import ptrace\n"
         "from tracker.inject.tracee import Tracee\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])\n"
