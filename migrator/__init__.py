@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         Refused,
         Undecided,
     )
-    from migrator.migration.orchestrator import Options, migrate
+    from migrator.migration.options import Options
+    from migrator.migration.orchestrator import migrate
     from migrator.policy.judge import Limits
     from migrator.report.report import Progress, Report
 
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "migration.orchestrator",
+    "Options": "migration.options",
     "migrate": "migration.orchestrator",
     "Limits": "policy.judge",
     "Progress": "report.report",

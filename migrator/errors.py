@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from migrator.report.report import Report
+    from migrator.report.report import Report, Status
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class MigrationError(MigratorError):
     :ivar report: what had happened until then
     """
 
-    status = "failed"
+    status: Status = "failed"
 
     def __init__(self, phase: str, reason: str) -> None:
         super().__init__(f"{reason} (in phase {phase})")
@@ -283,7 +283,7 @@ class MigrationError(MigratorError):
 class Aborted(MigrationError):
     """Given up on purpose, by the policy or by the user. The source runs, untracked."""
 
-    status = "aborted"
+    status: Status = "aborted"
 
 
 class Failed(MigrationError):

@@ -17,7 +17,8 @@ from migrator.config import Config, MigrationConfig, VmConfig, parse_address
 from migrator.errors import ConfigError, SourceUnreachable, Undecided, VmError
 from migrator.guest.workload import Workload, boot_image, heartbeats
 from migrator.link.session import Link
-from migrator.migration.orchestrator import Options, migrate
+from migrator.migration.options import Options
+from migrator.migration.orchestrator import migrate
 from migrator.policy.judge import Limits
 from migrator.qemu.accel import choose_accel
 from migrator.qemu.process import RunDirectory, Vm, fill_in

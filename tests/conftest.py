@@ -1,11 +1,73 @@
-"""What every test may use: skipping that turns into failing where the machine must be able."""
+"""What every test may use, and which tests a run has: all of the quick ones, and thorough ones."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import zlib
+from collections.abc import Iterator
 
 import pytest
+
+from tests.profiles import load_profile
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        nargs="?",
+        const="1/1",
+        metavar="PART/PARTS",
+        help="run the tests marked thorough, too, or a part of them, such as 2/3; and look at "
+        "more generated examples",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    load_profile(thorough=config.getoption("--thorough") is not None)
+
+
+def _is_of_part(item: pytest.Item, part: int, parts: int) -> bool:
+    """By its name alone, so that a test stays in its part when others come or go."""
+    return zlib.crc32(item.nodeid.encode()) % parts == part - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--thorough")
+    part, parts = (int(word) for word in (chosen or "0/1").split("/"))
+    if not 0 <= part <= parts:
+        raise pytest.UsageError(f"--thorough: there is no part {chosen}")
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("thorough") and not (part and _is_of_part(item, part, parts))
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def _turns(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Let a test marked ``alone`` run while no worker of xdist runs another one.
+
+    All lock one file, most of them together. One that wants it alone holds a second one meanwhile,
+    for which the others wait: otherwise there would always be another one.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    directory = tmp_path_factory.getbasetemp().parent  # of all workers
+    alone = request.node.get_closest_marker("alone") is not None
+    how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with open(directory / "running", "ab") as running, open(directory / "next", "ab") as following:
+        fcntl.flock(following, how)
+        fcntl.flock(running, how)
+        fcntl.flock(following, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

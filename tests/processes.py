@@ -12,11 +12,15 @@ __all__ = ["fault_servers", "is_running"]
 
 
 def fault_servers() -> set[int]:
-    """Processes that answer write faults, whoever started them."""
+    """Processes that answer write faults for this run of the tests: others run beside it.
+
+    What it starts inherits its directory for sockets.
+    """
+    ours = f"XDG_RUNTIME_DIR={os.environ['XDG_RUNTIME_DIR']}\0".encode()
     found = set()
-    for entry in os.listdir("/proc"):
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = Path(f"/proc/{entry}/cmdline")
-            if entry.isdigit() and b"tracker.answered.faultserver" in command.read_bytes():
-                found.add(int(entry))
+            is_one = b"tracker.answered.faultserver" in (entry / "cmdline").read_bytes()
+            if is_one and ours in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
     return found

@@ -55,7 +55,7 @@ MAY_IMPORT = {
         watch: aio errors harmless policy preflight qemu tracking tracker.bits tracker.errors
             tracker.memory tracker.warm
         migration: aio errors harmless link policy preflight qemu report tracking transport
-            tracker.bits tracker.child tracker.errors tracker.inject tracker.warm
+            tracker.bits tracker.child tracker.errors tracker.inject tracker.memory tracker.warm
         receiver: aio errors harmless link migration preflight qemu transport tracker.child
             tracker.errors tracker.memory
         scenario: aio config errors guest link migration policy qemu report
@@ -73,7 +73,7 @@ MAY_IMPORT = {
         moving: guests hosts migrator.aio migrator.cli migrator.errors migrator.qemu
         kernels: page tables migrator.report migrator.transport tracker.bits tracker.memory
         simulate: guests page migrator.errors migrator.guest migrator.migration migrator.policy
-            migrator.preflight migrator.qemu migrator.report migrator.tracking migrator.transport
+            migrator.qemu migrator.report migrator.tracking migrator.transport
             migrator.watch tracker.bits tracker.memory tracker.sources tracker.warm
         strategies: guests machine page tables migrator.aio migrator.config migrator.errors
             migrator.qemu migrator.ranges migrator.report migrator.tracking migrator.yamlfile

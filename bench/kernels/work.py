@@ -13,7 +13,9 @@ from tracker.bits import rescale
 from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
+from tracker.bits.pageset import PageSet
 from tracker.memory import pagehash, pages
+from tracker.memory.ram import RamBlock
 
 Words = NDArray[np.uint64]
 _GIB = 1 << 30
@@ -128,15 +130,16 @@ def _bitmap(chooser: np.random.Generator, npages: int, density: float) -> DirtyB
 
 
 def _merging(maps: Sequence[DirtyBitmap], npages: int) -> Work:
-    reports = {f"source {i}": {"ram": bitmap} for i, bitmap in enumerate(maps)}
+    blocks = [RamBlock("ram", npages * _PAGE, _PAGE, 0, 0, 0)]
+    reports = {f"source {i}": PageSet(blocks, {"ram": bitmap}) for i, bitmap in enumerate(maps)}
 
     def numpy_merge() -> tuple[Words, int]:
         union = np.bitwise_or.reduce([bitmap.words for bitmap in maps])
         return union, int(np.bitwise_count(union).sum())
 
     def ours() -> tuple[Words, int]:
-        merged = merge({"ram": npages}, reports)
-        return merged.bitmaps["ram"].words, merged.pages
+        merged = merge(blocks, reports)
+        return merged.dirty["ram"].words, merged.pages
 
     nbytes = maps[0].words.nbytes
     return Work(ours, numpy_merge, nbytes * len(maps), written=nbytes)

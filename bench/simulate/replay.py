@@ -11,6 +11,7 @@ from pyroaring import BitMap
 
 from migrator.watch.trace import Trace, numbers, united
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -48,11 +49,11 @@ class Replay:
             for b in trace.header.blocks
         )
         self._npages = {block.name: block.npages for block in self.blocks}
-        self.data = {name: self._tiled(name, pages) for name, pages in trace.data.items()}
-        self.zeros = {name: self._tiled(name, pages) for name, pages in trace.zeros.items()}
+        self.data = PageSet(self.blocks, {n: self._tiled(n, p) for n, p in trace.data.items()})
+        self.zeros = PageSet(self.blocks, {n: self._tiled(n, p) for n, p in trace.zeros.items()})
 
-    def written(self, from_s: float, to_s: float) -> dict[str, DirtyBitmap]:
-        """Pages written in a time, by block; the caller's to change."""
+    def written(self, from_s: float, to_s: float) -> PageSet:
+        """Pages written in a time; the caller's to change."""
         found = {}
         spans = list(self._spans(from_s, to_s))
         for name, npages in self._recorded.items():
@@ -64,7 +65,7 @@ class Replay:
                 if until - since < 1:
                     pages |= DirtyBitmap.from_pages(npages, self._part(i, name, since, until))
             found[name] = self._tiled(name, pages, writes=True)
-        return found
+        return PageSet(self.blocks, found)
 
     def _spans(self, from_s: float, to_s: float) -> Iterator[tuple[int, float, float]]:
         """The records of a time, and of each from where to where, 0 to 1."""
@@ -127,14 +128,13 @@ def describe(trace: Trace) -> Mapping[str, float | int]:
         ``written_bytes_per_s`` as of its intervals, and ``working_set_bytes`` of all of it
     """
     sizes = {block.name: block.page_size for block in trace.header.blocks}
-    held = sum(trace.data[n].minus(trace.zeros[n]).count() * size for n, size in sizes.items())
     written = sum(len(r.written[n]) * size for r in trace.records for n, size in sizes.items())
     ever = sum(len(united(r.written[n] for r in trace.records)) * size for n, size in sizes.items())
     return {
         "seconds": trace.seconds,
         "records": len(trace.records),
         "guest_bytes": sum(block.size for block in trace.header.blocks),
-        "data_bytes": held,
+        "data_bytes": (trace.data - trace.zeros).nbytes(),
         "written_bytes_per_s": written / trace.seconds if trace.seconds else 0.0,
         "working_set_bytes": ever,
     }

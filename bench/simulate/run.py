@@ -14,21 +14,19 @@ from typing import Protocol
 
 from bench.simulate.costs import Costs
 from migrator.errors import Aborted
+from migrator.migration.account import Account
 from migrator.migration.rounds import Rounds
 from migrator.migration.slowing import Slowing
 from migrator.policy.policies import Policy
 from migrator.policy.throttling import Throttling
-from migrator.preflight.plan import Plan
-from migrator.report.account import Account
 from migrator.report.phases import Phase
 from migrator.report.report import Report
-from migrator.tracking.readings import Collected
+from migrator.tracking.readings import Collected, Scan
 from migrator.transport import Sent
-from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
-from tracker.bits.pageset import Bitmaps, any_of, no_pages
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
-from tracker.sources.uffd import Leave, UffdAsync
+from tracker.sources.uffd import UffdAsync
 
 NEVER_SLOWED = Throttling(0)
 
@@ -37,7 +35,7 @@ class Guest(Protocol):
     """What is moved.
 
     :ivar blocks: its RAM
-    :ivar data: pages that hold data when the migration begins, by block; these are copied first
+    :ivar data: pages that hold data when the migration begins; these are copied first
     :ivar zeros: of these, the ones full of zeros, of which nothing is copied
     """
 
@@ -45,13 +43,13 @@ class Guest(Protocol):
     def blocks(self) -> tuple[RamBlock, ...]: ...  # noqa: D102
 
     @property
-    def data(self) -> Bitmaps: ...  # noqa: D102
+    def data(self) -> PageSet: ...  # noqa: D102
 
     @property
-    def zeros(self) -> Bitmaps: ...  # noqa: D102
+    def zeros(self) -> PageSet: ...  # noqa: D102
 
-    def written(self, from_s: float, to_s: float) -> dict[str, DirtyBitmap]:
-        """Pages written in a time, by block; the caller's to change.
+    def written(self, from_s: float, to_s: float) -> PageSet:
+        """Pages written in a time; the caller's to change.
 
         :param from_s: since the migration began, likewise ``to_s``, which is more
         """
@@ -85,48 +83,51 @@ class SimulatedSources:
         self._guest = guest
         self._clock = clock
         self._costs = costs
-        self._npages = {block.name: block.npages for block in guest.blocks}
-        self._left: Bitmaps = no_pages(self._npages)
+        self._left = self._none = PageSet.empty(guest.blocks)
         self._slowed_at, self._slowed_s, self._percent = clock(), 0.0, 0
         self._looked_at = 0.0  # of the guest's own time, likewise stands_at
-        self._handed_over = no_pages(self._npages)
-        self.data = {name: pages.copy() for name, pages in guest.data.items()}
-        self.zeros = {name: pages.copy() for name, pages in guest.zeros.items()}
+        self._handed_over = self._none
+        self.data, self.zeros = guest.data.copy(), guest.zeros.copy()
         self.stands_at: float | None = None
         self.faults = 0
 
-    async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
-        """See :meth:`migrator.tracking.sources.Sources.collect`."""
+    async def scan(self) -> Scan:
+        """See :meth:`migrator.tracking.sources.Sources.scan`."""
         found, handed_over = self._written(), self._handed_over
-        self._handed_over = no_pages(self._npages)
-        for name, pages in found.items():
-            self.faults += pages.minus(self._left[name]).count()
-            pages |= self._left[name] | handed_over[name]
-            self.data[name] |= pages
-            self.zeros[name] = self.zeros[name].minus(pages)
-        reports = {UffdAsync.name: found}
-        merged = merge(self._npages, reports)
-        self._left = leave(found) if leave is not None else no_pages(self._npages)
+        self._handed_over = self._none
+        self.faults += (found - self._left).count()
+        found |= self._left | handed_over
+        return Scan({UffdAsync.name: found}, found, handed_over.any(), 0.0)
+
+    async def collect(
+        self, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
+    ) -> Collected:
+        """See :meth:`migrator.tracking.sources.Sources.collect`."""
+        if scan is None:
+            scan = await self.scan()
+        merged = merge(self._guest.blocks, scan.reports)
+        self.data |= merged.dirty
+        self.zeros -= merged.dirty
+        self._left = self._none if left is None else left
         backends_ms = self._costs.round_ms - self._costs.collect_ms if backends_too else 0.0
         collect_ms = self._costs.collect_ms + backends_ms
         self._clock.wait_ms(collect_ms)
-        anew = any_of(handed_over)
-        return Collected(reports, merged, collect_ms, 0.0, backends_ms, anew)
+        return Collected(scan.reports, merged, collect_ms, 0.0, backends_ms, scan.handed_over)
 
-    def _written(self) -> dict[str, DirtyBitmap]:
+    def _written(self) -> PageSet:
         """As it is when the reading begins: what is written while it goes on is for the next."""
         now = self.guest_s() if self.stands_at is None else self.stands_at
         since, self._looked_at = self._looked_at, now
-        return self._guest.written(since, now) if now > since else no_pages(self._npages)
+        return self._guest.written(since, now) if now > since else self._none.copy()
 
     def guest_s(self) -> float:
         """The guest's own time, which goes slower while it has to wait; all it does is write."""
         return self._slowed_s + (self._clock() - self._slowed_at) * (1 - self._percent / 100)
 
-    async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
+    async def slow_writers(self, percent: int, longest_ms: float, hot: PageSet) -> None:
         """See :meth:`migrator.tracking.sources.Sources.slow_writers`."""
         if not self._percent:
-            self._handed_over = {name: pages.copy() for name, pages in hot.items()}
+            self._handed_over = hot.copy()
         await self.slow(percent, longest_ms)
 
     async def slow(self, percent: int, longest_ms: float) -> None:
@@ -134,13 +135,13 @@ class SimulatedSources:
         self._slowed_s, self._slowed_at = self.guest_s(), self._clock()
         self._percent = percent
 
-    def take_suspects(self, dirty: Bitmaps) -> dict[str, DirtyBitmap]:
-        """None: the source is exact."""
-        return no_pages(self._npages)
+    def take_suspects(self, dirty: PageSet) -> PageSet:
+        """No page: the source is exact."""
+        return self._none
 
-    def suspect_data(self) -> dict[str, DirtyBitmap]:
-        """None."""
-        return no_pages(self._npages)
+    def suspect_data(self) -> PageSet:
+        """No page."""
+        return self._none
 
 
 class SimulatedLink:
@@ -154,31 +155,26 @@ class SimulatedLink:
     def __init__(
         self,
         sources: SimulatedSources,
-        guest: Guest,
         bytes_per_s: float,
         clock: Clock,
         costs: Costs,
     ) -> None:
         self._sources = sources
-        self._page_sizes = {block.name: block.page_size for block in guest.blocks}
         self._bytes_per_s = bytes_per_s
         self._clock = clock
         self._costs = costs
         self._due_s = -math.inf  # when the last byte that was sent was due
         self.sent_pages = 0
 
-    async def send(self, dirty: Bitmaps, data: Bitmaps, *, guest_stands: bool = False) -> Sent:
+    async def send(self, dirty: PageSet, data: PageSet, *, guest_stands: bool = False) -> Sent:
         """See :meth:`migrator.transport.Sender.send`."""
         sent = Sent()
-        zero_bytes = 0
-        for name, size in self._page_sizes.items():
-            held = dirty[name] & data[name]
-            copied = held.minus(self._sources.zeros[name]).count()
-            pages = dirty[name].count()
-            sent.pages += pages
-            sent.zero_pages += pages - copied
-            sent.bytes += copied * size
-            zero_bytes += (held.count() - copied) * size
+        held = dirty & data
+        copied = held - self._sources.zeros
+        sent.pages = dirty.count()
+        sent.zero_pages = sent.pages - copied.count()
+        sent.bytes = copied.nbytes()
+        zero_bytes = held.nbytes() - sent.bytes
         self.sent_pages = sent.pages
         if sent.pages:
             began_s = self._clock()
@@ -190,12 +186,11 @@ class SimulatedLink:
         return sent
 
     async def changed(
-        self, pages: Bitmaps, data: Bitmaps, *, guest_stands: bool = False
-    ) -> dict[str, DirtyBitmap]:
+        self, pages: PageSet, data: PageSet, *, guest_stands: bool = False
+    ) -> PageSet:
         """All of them: what was written is taken to have changed."""
-        nbytes = sum((pages[n] & data[n]).count() * size for n, size in self._page_sizes.items())
-        self._clock.wait_ms(nbytes / self._costs.compare_bytes_per_s * 1000)
-        return {name: some.copy() for name, some in pages.items()}
+        self._clock.wait_ms((pages & data).nbytes() / self._costs.compare_bytes_per_s * 1000)
+        return pages.copy()
 
 
 @dataclass(frozen=True)
@@ -246,11 +241,10 @@ class _Migration:
         self._clock = clock = Clock()
         self._account = Account(clock=clock)
         self._sources = SimulatedSources(guest, clock, costs)
-        link = SimulatedLink(self._sources, guest, bytes_per_s, clock, costs)
-        plan = Plan(guest.blocks, (), was_running=True, other_ram_bytes=0, backends=())
+        link = SimulatedLink(self._sources, bytes_per_s, clock, costs)
         self._slowing = slowing = Slowing(throttling, self._sources, self._account)
-        self._rounds = Rounds(plan, policy, slowing, self._sources, link, self._account)
-        self._account.report.guest_bytes = plan.guest_bytes
+        self._rounds = Rounds(guest.blocks, policy, slowing, self._sources, link, self._account)
+        self._account.of(guest.blocks)
 
     async def run(self) -> Outcome:
         report = self._account.report

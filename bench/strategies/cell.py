@@ -159,7 +159,7 @@ def _judged(changed: DirtyBitmap, found: list[Collection]) -> dict[str, Any]:
     reported = DirtyBitmap.empty(changed.npages)
     for collection in found:
         reported |= collection.pages
-    missed = changed.minus(reported)
+    missed = changed - reported
     runs, _ = missed.runs()
     return {
         "changed": changed.count(),

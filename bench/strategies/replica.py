@@ -61,7 +61,7 @@ class Replica:
         error = error or punch_pages(self._ours, self._block.page_size, cleared.words)
         if error:
             raise OSError(error, f"copying RAM: {os.strerror(error)}")
-        self._present = self._present.minus(cleared)
+        self._present = self._present - cleared
 
     def differing(self) -> DirtyBitmap:
         """Pages that the guest has otherwise by now; all are compared, byte by byte.

@@ -19,7 +19,7 @@ from migrator.link.tls import load
 from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.stream import StreamCopy
 from migrator.transport.warm import warm_up
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 _NAME = "ram"
@@ -51,9 +51,9 @@ async def _send(link: Link, source: Path, shape: Shape) -> Streamed:
     copy = StreamCopy(session, os.getpid(), [block])
     try:
         await copy.open()
-        dirty, data = shape.dirty(block.size), DirtyBitmap.full(block.npages)
+        dirty = PageSet([block], {_NAME: shape.dirty(block.size)})
         started, cpu = time.monotonic(), time.process_time()
-        sent = await copy.send({_NAME: dirty}, {_NAME: data})
+        sent = await copy.send(dirty, PageSet.full([block]))
         took = Took(time.monotonic() - started, time.process_time() - cpu)
         if sent.error is not None:
             raise sent.error

@@ -7,12 +7,12 @@ what the downtime would be made of. The destination is not run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from migrator.errors import VmError
 from migrator.migration.budget import Budget
 from migrator.migration.guard import Guard
-from migrator.migration.switchover import HandedOver, check_goes_on, stop_guest
+from migrator.migration.handover import HandedOver, check_goes_on, stop_guest
+from migrator.migration.lastrounds import LastRounds
 from migrator.preflight.plan import Plan
 from migrator.qemu.qmp import Qmp
 from migrator.qemu.standing import Standing
@@ -25,15 +25,10 @@ _LOOKS = 20
 class Rehearsal:
     """One attempt, in the place of a :class:`~migrator.migration.switchover.Switchover`.
 
-    :ivar committed: there is no point of no return
+    :ivar committed: never: there is no point of no return
     :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
     :ivar paused_by_us: whether it may be paused because we executed ``stop``
-    :param ease: called just before the guest is stopped
-    :param collect_and_send: one last round; returns the number of pages that were sent
-    :param verify: compares both sides; raises if they differ
     """
-
-    committed = False
 
     def __init__(
         self,
@@ -41,18 +36,14 @@ class Rehearsal:
         plan: Plan,
         phases: Phases,
         guard: Guard,
-        *,
-        ease: Callable[[], Awaitable[None]],
-        collect_and_send: Callable[[Phase, Phase], Awaitable[int]],
-        verify: Callable[[], Awaitable[None]],
+        last_rounds: LastRounds,
     ) -> None:
         self._source = source
         self._plan = plan
         self._phases = phases
         self._guard = guard
-        self._ease = ease
-        self._collect_and_send = collect_and_send
-        self._verify = verify
+        self._last_rounds = last_rounds
+        self.committed = False
         self.was_running: bool | None = None
         self.paused_by_us = False
 
@@ -63,7 +54,7 @@ class Rehearsal:
         :raise VmError: the source does not answer, does not go on, or did not stand
         """
         self._phases.enter(Phase.SWITCHOVER)
-        await self._ease()
+        await self._last_rounds.ease()
         self.was_running = await check_goes_on(self._source) == "running"
         self._guard.begun(self.was_running, by_stop=True)
         self.paused_by_us = True
@@ -90,17 +81,17 @@ class Rehearsal:
         return HandedOver(stood_ms, device_state_bytes=None)
 
     async def _compare_both(self) -> None:
-        await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
+        await self._last_rounds.collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
         self._phases.enter(Phase.LAST_COLLECT)
         await self._collect_until_quiet()
-        await self._verify()
+        await self._last_rounds.verify()
 
     async def _collect_until_quiet(self) -> None:
         """A last round; several, while a device that QEMU cannot stop still writes."""
-        await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
+        await self._last_rounds.collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
         for _ in range(_LOOKS if self._plan.unstoppable_devices else 0):
             await asyncio.sleep(_QUIET_S)
-            if not await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT):
+            if not await self._last_rounds.collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT):
                 return
 
     def hurry(self) -> None:

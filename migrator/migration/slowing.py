@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from migrator.aio import in_thread
+from migrator.migration.account import Account
 from migrator.policy.judge import Decision, Limits, Observation, Verdict
 from migrator.policy.throttling import EASED_MS, LONGEST_MS, Throttling
-from migrator.report.account import Account
 from migrator.tracking.readings import Readings
-from tracker.bits.pageset import Bitmaps
+from tracker.bits.pageset import PageSet
 from tracker.errors import TrackerError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Slowing:
         seen: Observation,
         before: Sequence[Observation],
         decision: Decision,
-        hot: Callable[[], Bitmaps],
+        hot: Callable[[], PageSet],
     ) -> Decision:
         """Slow them more, if that is better than to go on as before, or to give up.
 
@@ -51,21 +51,14 @@ class Slowing:
                 _log.warning("writers cannot be slowed: %s", error)
                 self._throttling = Throttling(0)
                 await self.let_go()
-                self._account.note = f"writers cannot be slowed: {error}"
+                self._account.noted(f"writers cannot be slowed: {error}")
             else:
-                self._note(percent)
-                self._account.round.throttle_percent = percent
-                report = self._account.report
-                report.throttle_percent = max(percent, report.throttle_percent)
+                self.percent = percent
+                self._account.slowed(percent)
                 said = f"expected downtime {decision.expected_downtime_ms:.0f} ms"
                 decision = replace(decision, verdict=Verdict.CONTINUE, reason=said)
         note = self._account.note
         return replace(decision, reason=f"{decision.reason}; {note}") if note else decision
-
-    def _note(self, percent: int) -> None:
-        self.percent = percent
-        self._account.note = f"writers slowed to {100 - percent} %" if percent else ""
-        self._account.show()
 
     async def ease(self) -> None:
         """Let them wait for moments only: the guest is about to be stopped."""
@@ -76,4 +69,5 @@ class Slowing:
         """Let nobody wait any more."""
         if self.percent:
             await self._sources.slow(0, 0.0)
-            self._note(0)
+            self.percent = 0
+            self._account.slowed(0)

@@ -25,8 +25,6 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 from migrator.aio import in_thread, settle, within
 from migrator.errors import (
@@ -40,12 +38,14 @@ from migrator.errors import (
 from migrator.migration.budget import DECISION_S, Budget
 from migrator.migration.destination import Destination
 from migrator.migration.guard import Guard
+from migrator.migration.handover import HandedOver, check_goes_on, stop_guest
+from migrator.migration.lastrounds import LastRounds
 from migrator.preflight.jobs import job_findings
 from migrator.preflight.plan import Plan
 from migrator.qemu.devicestate import Incoming, saved_run_state, split_at_end
 from migrator.qemu.qmp import Event, Qmp, is_alive
 from migrator.qemu.settings import SOURCE_CAPABILITIES, SOURCE_PARAMETERS
-from migrator.qemu.standing import ENDED_STATES, Standing, stopped_by_io_error
+from migrator.qemu.standing import Standing, stopped_by_io_error
 from migrator.report.phases import Phase, Phases
 from tracker.errors import TrackerError
 from tracker.inject.held import Held
@@ -58,56 +58,12 @@ _STOPPING_S = 0.05  # for QEMU's main loop to come to a command
 _STOOD = ("finish-migrate", "postmigrate", "paused")
 
 
-@dataclass
-class HandedOver:
-    """The result of a switchover that succeeded.
-
-    :ivar downtime_ms: by the time stamps of QEMU's events, comparison included; ``None`` if the
-        guest did not run
-    :ivar device_state_bytes: the whole stream; ``None`` if there was none
-    :ivar warnings: sentences for people
-    """
-
-    downtime_ms: float | None
-    device_state_bytes: int | None
-    warnings: list[str] = field(default_factory=list)
-
-
-async def stop_guest(source: Qmp) -> Event | None:
-    """Stop the guest by command.
-
-    :return: QEMU's event of it, or ``None`` if the guest did not run
-    :raise VmError: QEMU does not answer
-    """
-    mark = source.mark()
-    await source.execute("stop")
-    await source.run_state()  # events that came before this answer are here
-    return source.seen("STOP", since=mark)
-
-
-async def check_goes_on(source: Qmp) -> str:
-    """Check that the guest has not ended by itself.
-
-    :return: its run state
-    :raise VmError: it has
-    """
-    state = await source.run_state()
-    if state in ENDED_STATES:
-        raise VmError(source.name, f"its guest has ended: QEMU is in state {state!r}")
-    return state
-
-
 class Switchover:
     """One attempt to hand over.
 
     :ivar committed: whether the point of no return was passed
     :ivar was_running: whether the guest ran until it was stopped for this; ``None`` before that
     :ivar paused_by_us: whether it may be paused because we executed ``stop``
-    :param ease: called just before the guest is stopped
-    :param collect_and_send: one last round: reads all sources and delivers the pages they found
-    :param compare_and_send: delivers the pages that differ, where no source can be read any more
-    :param devices_stand: called once the devices write no more, and their bits have been read
-    :param verify: compares both sides; raises if they differ
     """
 
     def __init__(
@@ -117,23 +73,14 @@ class Switchover:
         plan: Plan,
         phases: Phases,
         guard: Guard,
-        *,
-        ease: Callable[[], Awaitable[None]],
-        collect_and_send: Callable[[Phase, Phase], Awaitable[int]],
-        compare_and_send: Callable[[], Awaitable[None]],
-        devices_stand: Callable[[], Awaitable[None]],
-        verify: Callable[[], Awaitable[None]],
+        last_rounds: LastRounds,
     ) -> None:
         self._source = source
         self._destination = destination
         self._plan = plan
         self._phases = phases
         self._guard = guard
-        self._ease = ease
-        self._collect_and_send = collect_and_send
-        self._compare_and_send = compare_and_send
-        self._devices_stand = devices_stand
-        self._verify = verify
+        self._last_rounds = last_rounds
         self._incoming: Incoming | None = None
         self._vcpus = Held(source.pid, ())
         self._standing = Standing(source, source.mark())
@@ -157,7 +104,7 @@ class Switchover:
         await self._check_no_jobs()
         self._guard.begun(self.was_running)  # before anything is changed
         await self._prepare()
-        await self._ease()
+        await self._last_rounds.ease()
         if self._plan.stop_first:
             stopped = await self._stop(budget)
         else:
@@ -235,8 +182,8 @@ class Switchover:
 
     async def _make_ready(self, budget: Budget) -> bytes:
         """Bring the destination to where it lacks nothing but the end; return the stream."""
-        await self._collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
-        await self._devices_stand()
+        await self._last_rounds.collect_and_send(Phase.FINAL_COLLECT, Phase.FINAL_SEND)
+        await self._last_rounds.devices_stand()
         self._phases.enter(Phase.DEVICE_STATE)
         if self._plan.stop_first:
             await self._begin_migration(budget)
@@ -276,7 +223,7 @@ class Switchover:
 
     async def _verify_unless_disturbed(self) -> None:
         try:
-            await self._verify()
+            await self._last_rounds.verify()
         except MigratorError:
             await self._check_stood()  # which is the better reason, if it is one
             raise
@@ -312,7 +259,7 @@ class Switchover:
         """
         try:
             if not self._source_is_gone:
-                await self._collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
+                await self._last_rounds.collect_and_send(Phase.LAST_COLLECT, Phase.LAST_COLLECT)
                 await self._standing.check(_STOOD)
                 return
         except (MigratorError, TrackerError, OSError) as error:
@@ -320,7 +267,7 @@ class Switchover:
                 raise
             _log.warning("the source died after it had saved everything: %s", error)
         self._standing.check_events()
-        await self._compare_and_send()
+        await self._last_rounds.compare_and_send()
         self._warnings.append(
             "the source's process ended after it had saved its state; the destination was "
             "completed by comparing all of RAM"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tracker.bits import history
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import Block, PageSet
 
 Counts = NDArray[np.int64]
 
@@ -39,6 +40,28 @@ class Choice:
 
     least: int
     limit: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which pages wait for the end.
+
+    :ivar hot: all of these
+    :ivar left: of these, pages to leave unprotected meanwhile
+    """
+
+    hot: PageSet
+    left: PageSet
+
+    @classmethod
+    def nothing(cls, blocks: Iterable[Block]) -> Chosen:
+        """No page of these blocks."""
+        none = PageSet.empty(blocks)
+        return cls(none, none)
+
+    def protected(self) -> Chosen:
+        """The same pages wait, and all of them are protected."""
+        return Chosen(self.hot, PageSet.empty(self.hot.blocks))
 
 
 def room(limit_ms: float, fixed_ms: float, bytes_per_s: float) -> int:
@@ -72,42 +95,50 @@ class Heat:
     that the next look tells whether they were written, or *left*: unprotected, as they wait for the
     end and are taken to be written all the time.
 
-    :param npages: number of pages by block
-    :param page_sizes: likewise, in bytes
+    :param blocks: what is moved
     """
 
-    def __init__(self, npages: Mapping[str, int], page_sizes: Mapping[str, int]) -> None:
-        self._history = {name: np.zeros(n, np.uint8) for name, n in npages.items()}
-        self._unit = min(page_sizes.values())
-        self._units = {name: size // self._unit for name, size in page_sizes.items()}
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        blocks = tuple(blocks)
+        self._none = PageSet.empty(blocks)
+        self._history = {block.name: np.zeros(block.npages, np.uint8) for block in blocks}
+        self._unit = min(block.page_size for block in blocks)
+        self._units = {block.name: block.page_size // self._unit for block in blocks}
         self._intervals_s: deque[float] = deque(maxlen=_LOOKS)
         self._by_history: Counts = np.zeros(256, np.int64)  # bytes
         self._looks = 0
         self._needed = 1  # looks in which a page has to have been written, this one included
-        self._written = {name: DirtyBitmap.empty(n) for name, n in npages.items()}
+        self._written = self._none
         self.protected()
 
-    def hot(self, written: Mapping[str, DirtyBitmap], nbytes: int) -> dict[str, DirtyBitmap]:
+    def choose(self, written: PageSet, nbytes: int) -> Chosen:
+        """Choose pages that wait for the end, out of those that were written.
+
+        :param nbytes: no more than this, in all blocks together
+        """
+        hot = self.hot(written, nbytes)
+        return Chosen(hot, self.unasked(hot))
+
+    def hot(self, written: PageSet, nbytes: int) -> PageSet:
         """Of the pages that were written, those that may wait; none if the sample says so.
 
         :param nbytes: no more than this, in all blocks together
         """
         asked_bytes, again_bytes = self.again(written)
-        if any(left.any() for left in self._left.values()) and again_bytes < _STILL * asked_bytes:
+        if self._left.any() and again_bytes < _STILL * asked_bytes:
             self._distrust()
-            return {name: DirtyBitmap.empty(pages.npages) for name, pages in written.items()}
+            return self._none
         counts = np.zeros(256, np.int64)
         for name, pages in written.items():
             counts += self._tally(name, pages) * self._units[name]
         least = 256 - (512 >> self._needed)
         choice = hottest(counts, nbytes // self._unit, least)
         left = choice.limit
-        found = {}
+        found = PageSet.empty(written.blocks)
         for name, pages in written.items():
-            chosen = found[name] = DirtyBitmap.empty(pages.npages)
-            units = self._units[name]
+            units, chosen = self._units[name], found[name].words
             taken = history.choose(
-                pages.words, self._history[name], choice.least, left // units, chosen.words
+                pages.words, self._history[name], choice.least, left // units, chosen
             )
             left -= int(taken) * units
         return found
@@ -118,38 +149,42 @@ class Heat:
         for name, left in self._left.items():
             self._history[name][left.mask()] = 0
 
-    def unasked(self, hot: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
+    def unasked(self, hot: PageSet) -> PageSet:
         """The waiting pages to leave unprotected: all but one word in 16, which are the sample.
 
         None, where few pages wait, as their faults cost little.
         """
-        few = self._bytes(hot) < _WORTH_LEAVING * self._unit
-        found = {}
-        for name, pages in hot.items():
-            words = pages.words.copy()
-            if few:
-                words[:] = 0
-            words[self._looks % _STRIPES :: _STRIPES] = 0
-            found[name] = DirtyBitmap(pages.npages, words)
-        return found
+        if hot.nbytes() < _WORTH_LEAVING * self._unit:
+            return self._none
+        return hot.each(self._without_sample)
 
-    def again(self, written: Mapping[str, DirtyBitmap]) -> tuple[int, int]:
+    def _without_sample(self, pages: DirtyBitmap) -> DirtyBitmap:
+        words = pages.words.copy()
+        words[self._looks % _STRIPES :: _STRIPES] = 0
+        return DirtyBitmap(pages.npages, words)
+
+    def again(self, written: PageSet) -> tuple[int, int]:
         """Bytes written before the last look and protected since, and those of them written again.
 
         Where pages wait, only a sample of them was protected, and the bytes are those of the
         sample; otherwise they are those of all pages that the look before found.
 
-        :param written: pages that the last look found, by block
+        :param written: pages that the last look found
         """
-        again = {name: pages & written[name] for name, pages in self._asked.items()}
-        return self._bytes(self._asked), self._bytes(again)
+        return self._asked.nbytes(), (self._asked & written).nbytes()
 
-    def look(self, written: Mapping[str, DirtyBitmap], interval_s: float) -> None:
-        """Remember what was written since the last look, so long ago, and is protected again."""
+    def look(self, written: PageSet, interval_s: float, chosen: Chosen | None = None) -> None:
+        """Remember what was written since the last look, and is protected again.
+
+        :param interval_s: how long ago the last look was
+        :param chosen: what waits, and of it what is not protected again
+        """
         self._looks += 1
         self._intervals_s.appendleft(interval_s)
-        self._written = {name: pages.copy() for name, pages in written.items()}
+        self._written = written.copy()
         self.protected()
+        if chosen is not None and chosen.left.any():
+            self._asked, self._left = chosen.hot - chosen.left, chosen.left
         self._by_history = np.zeros(256, np.int64)
         for name, pages in written.items():
             past, counts = self._history[name], np.zeros(256, np.int64)
@@ -160,22 +195,14 @@ class Heat:
     def protected(self) -> None:
         """Remember that all that was written has been protected again."""
         self._asked = self._written
-        self._left = {name: DirtyBitmap.empty(len(past)) for name, past in self._history.items()}
+        self._left = self._none
 
-    def leave(self, waiting: Mapping[str, DirtyBitmap], left: Mapping[str, DirtyBitmap]) -> None:
-        """Remember that of what waits these pages were not protected again."""
-        if any(pages.any() for pages in left.values()):
-            self._asked = {name: pages.minus(left[name]) for name, pages in waiting.items()}
-            self._left = dict(left)
-
-    def recent(self) -> dict[str, DirtyBitmap]:
+    def recent(self) -> PageSet:
         """Pages that were written in the last two looks."""
-        found = {}
+        found, everything = self._none.copy(), PageSet.full(self._none.blocks)
         for name, past in self._history.items():
-            chosen = found[name] = DirtyBitmap.empty(len(past))
-            everything = DirtyBitmap.full(len(past))
-            least = history.WRITTEN >> 1
-            history.choose(everything.words, past, least, len(past), chosen.words)
+            least, chosen = history.WRITTEN >> 1, found[name].words
+            history.choose(everything[name].words, past, least, len(past), chosen)
         return found
 
     def lately(self, window_s: float) -> tuple[float, float]:
@@ -206,9 +233,6 @@ class Heat:
         last, last_s = self.lately(0.0)
         ever, _ = self.lately(math.inf)
         return min(last * max(window_s / max(last_s, 1e-6), 1.0), ever)
-
-    def _bytes(self, pages: Mapping[str, DirtyBitmap]) -> int:
-        return sum(pages[name].count() * units * self._unit for name, units in self._units.items())
 
     def _tally(self, name: str, pages: DirtyBitmap) -> Counts:
         counts = np.zeros(256, np.int64)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from migrator.report.report import DirtyMap, MappedBlock, MapRow
 from tracker.bits import regions
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 REGIONS = 256
@@ -39,17 +39,15 @@ class Recorder:
         self._rows: list[MapRow] = []
         self._later: list[_Kept] = []
 
-    def note(
-        self, number: int, began_s: float, dirty: Mapping[str, DirtyBitmap], *, later: bool
-    ) -> None:
+    def note(self, number: int, began_s: float, dirty: PageSet, *, later: bool) -> None:
         """Add a round.
 
         :param began_s: since the migration began
-        :param dirty: its pages, by block
-        :param later: the guest stands: keep the bitmaps, which nobody may change any more, and
+        :param dirty: its pages
+        :param later: the guest stands: keep the pages, which may not be changed any more, and
             count when the map is asked for
         """
-        kept = _Kept(number, began_s, dict(dirty))
+        kept = _Kept(number, began_s, dirty)
         if later:
             self._later.append(kept)
         else:
@@ -76,7 +74,7 @@ class Recorder:
 class _Kept:
     number: int
     began_s: float
-    dirty: Mapping[str, DirtyBitmap]
+    dirty: PageSet
 
 
 def _joined(rows: Sequence[MapRow]) -> MapRow:

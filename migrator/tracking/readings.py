@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrator.qemu.qmp import MemoryBackend
-from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import Merged
-from tracker.bits.pageset import Bitmaps
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import GuestRange, RamBlock
-from tracker.sources.uffd import Leave
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,35 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Scan:
+    """The begin of a reading: what the CPU wrote, which may not be protected again yet.
+
+    :ivar reports: what each source of CPU writes reported
+    :ivar written: the union of these
+    :ivar handed_over: whether pages are in it only because another source tracks them now
+    :ivar spent_ms: how long it took
+    """
+
+    reports: Mapping[str, PageSet]
+    written: PageSet
+    handed_over: bool
+    spent_ms: float
+
+
+@dataclass(frozen=True)
 class Collected:
     """What one reading of all sources found.
 
     :ivar reports: what each source reported
-    :ivar merged: the union, whose bitmaps are the caller's to keep and to change
-    :ivar collect_ms: reading the sources
+    :ivar merged: the union, whose pages are the caller's to keep and to change
+    :ivar collect_ms: reading the sources, without the time between both calls where it was begun
+        apart
     :ivar merge_ms: making the union
     :ivar backends_ms: of ``collect_ms``, asking QEMU
     :ivar handed_over: whether pages are in it only because another source tracks them now
     """
 
-    reports: Mapping[str, Bitmaps]
+    reports: Mapping[str, PageSet]
     merged: Merged
     collect_ms: float
     merge_ms: float
@@ -59,23 +74,28 @@ class Readings(Protocol):
     """What the rounds of a migration ask of its sources; see :class:`Sources`."""
 
     @property
-    def data(self) -> Bitmaps:
-        """Pages that held data at the last reading, by block."""
+    def data(self) -> PageSet:
+        """Pages that held data at the last reading."""
 
     @property
     def leaves(self) -> bool:
         """Whether pages can be left unprotected."""
 
-    async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
-        """Read all sources, once."""
+    async def scan(self) -> Scan:
+        """Begin a reading, to choose pages to leave unprotected; :meth:`collect` must follow."""
 
-    def take_suspects(self, dirty: Bitmaps) -> dict[str, DirtyBitmap]:
+    async def collect(
+        self, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
+    ) -> Collected:
+        """Read all sources, once, or end a reading that was begun."""
+
+    def take_suspects(self, dirty: PageSet) -> PageSet:
         """Take the suspects, without those that are sent anyway."""
 
-    def suspect_data(self) -> dict[str, DirtyBitmap]:
+    def suspect_data(self) -> PageSet:
         """Suspects that hold data."""
 
-    async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
+    async def slow_writers(self, percent: int, longest_ms: float, hot: PageSet) -> None:
         """Have the guest's writers wait for a part of their time, at pages that are hot."""
 
     async def slow(self, percent: int, longest_ms: float) -> None:

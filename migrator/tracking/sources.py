@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from migrator.aio import in_thread
 from migrator.errors import VmError
 from migrator.qemu.qmp import Qmp
-from migrator.tracking.readings import Collected, Tracking
+from migrator.tracking.readings import Collected, Scan, Tracking
 from tracker.answered.brake import Brake
 from tracker.answered.uffdsync import UffdSync
-from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import Merged, merge
-from tracker.bits.pageset import Bitmaps, no_pages, without
+from tracker.bits.pageset import PageSet
 from tracker.devices.descriptors import vfio_descriptors
 from tracker.devices.dma import dma_sources
 from tracker.memory.address import check_mapped
 from tracker.memory.ram import check_unmoved
 from tracker.sources.holes import Holes
 from tracker.sources.source import DirtySource
-from tracker.sources.uffd import Leave, UffdAsync
+from tracker.sources.uffd import UffdAsync
 
 
 class Sources:
     """The sources of one migration, or of a VM that is only watched.
 
-    :ivar suspects: pages, by block, that may have been written without an exact source's saying
+    :ivar suspects: pages that may have been written without an exact source's saying
         so: those that only an inexact one reports, and those that a read past the page cache may
         have been under way to. They grow with each reading, until they are taken.
     """
@@ -44,19 +44,18 @@ class Sources:
         self._brake = Brake(vm.pid, tracking.blocks, cpu) if isinstance(cpu, UffdAsync) else None
         self._devices: Sequence[DirtySource] = ()
         self._holes = Holes(vm.pid, self._files, reads=tracking.reads)
-        self._npages = {block.name: block.npages for block in tracking.blocks}
-        self.suspects = no_pages(self._npages)
+        self.suspects = PageSet.empty(self._tracking.blocks)
 
     @property
-    def data(self) -> Bitmaps:
-        """Pages that held data at the last reading, by block; see
+    def data(self) -> PageSet:
+        """Pages that held data at the last reading; see
         :class:`tracker.sources.holes.Holes`.
 
         Of blocks with a file: the others do not tell.
         """
         return self._holes.data
 
-    async def data_of_ended(self) -> Bitmaps:
+    async def data_of_ended(self) -> PageSet:
         """Pages that hold data, of a VM whose process has ended: its files tell.
 
         Huge pages are told from holes by page tables alone: there, all of them.
@@ -88,67 +87,89 @@ class Sources:
         """Whether pages can be left unprotected: the source of CPU writes lets them be."""
         return isinstance(self._cpu, UffdAsync)
 
-    async def collect(self, *, backends_too: bool, leave: Leave | None = None) -> Collected:
-        """Read all sources, once.
+    async def scan(self) -> Scan:
+        """Begin a reading: what the CPU wrote, before it is protected again.
+
+        The caller chooses which of these pages to leave unprotected, and calls :meth:`collect` at
+        once: what is written until then belongs to this reading.
+
+        :raise TrackerError: see :meth:`collect`
+        """
+        return await in_thread(self._scan, protect=False)
+
+    async def collect(
+        self, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
+    ) -> Collected:
+        """Read all sources, once, or end a reading that was begun.
 
         :param backends_too: ask QEMU for its memory backends as well, which takes milliseconds
-        :param leave: see :meth:`tracker.sources.uffd.UffdAsync.collect`; where the source of CPU
-            writes cannot leave pages unprotected, it is asked all the same
+        :param scan: how it was begun
+        :param left: pages to leave unprotected; see :meth:`tracker.sources.uffd.UffdAsync.protect`
         :raise TrackerError: a source cannot tell, or RAM was mapped anew: nothing is known
         :raise VmError: memory or a device was plugged
         """
         started = time.monotonic()
-        handed_over = self._brake is not None and self._brake.handed_over
-        # what is reported beside pages that were written may be holes, and to read would fill them
-        look = handed_over or (backends_too and isinstance(self._cpu, UffdSync))
-        reports = await in_thread(self._read, look=look, leave=leave)
+        before_ms = 0.0 if scan is None else scan.spent_ms
         # after reading, not before: the page tables of a process that has died look clean
+        reading = await in_thread(self._read, scan, left, backends_too=backends_too)
         asked = time.monotonic()
         if backends_too:
             await self._check_nothing_plugged()
         answered = time.monotonic()
         await self._check_nothing_moved()
-        collected = time.monotonic()
-        merged = await in_thread(self._merge, reports)
-        for name, suspects in self.suspects.items():
-            suspects |= merged.suspects[name]
-            if self._tracking.direct_io:
-                # reported when it was pinned for a read, whose data may not have arrived by now
-                suspects |= reports[self._cpu.name][name]
-                if Brake.name in reports:
-                    suspects |= reports[Brake.name][name]
+        spent_ms = before_ms + (time.monotonic() - started) * 1000
+        merged = reading.merged
+        self.suspects |= merged.suspects
+        if self._tracking.direct_io:
+            # reported when it was pinned for a read, whose data may not have arrived by now
+            for pages in reading.scan.reports.values():
+                self.suspects |= pages
         return Collected(
-            reports,
+            reading.reports,
             merged,
-            collect_ms=(collected - started) * 1000,
-            merge_ms=(time.monotonic() - collected) * 1000,
+            collect_ms=spent_ms - reading.merge_ms,
+            merge_ms=reading.merge_ms,
             backends_ms=(answered - asked) * 1000,
-            handed_over=handed_over,
+            handed_over=reading.scan.handed_over,
         )
 
-    def _read(self, *, look: bool, leave: Leave | None) -> dict[str, dict[str, DirtyBitmap]]:
+    def _scan(self, *, protect: bool) -> Scan:
+        started = time.monotonic()
+        handed_over = self._brake is not None and self._brake.handed_over
         braked = self._brake.collect() if self._brake is not None and self._brake.is_on else None
-        if leave is not None and braked is not None:
-            leave = _of_all(leave, braked)
-        if isinstance(self._cpu, UffdAsync):
-            written = self._cpu.collect(leave)
+        if isinstance(self._cpu, UffdAsync) and not protect:
+            written = self._cpu.scan()
         else:
             written = self._cpu.collect()
-            if leave is not None:
-                leave(written)
-        reports = {self._cpu.name: written}
+        reports, union = {self._cpu.name: written}, written
         if braked is not None:
-            reports[Brake.name] = braked
-        reports |= {source.name: source.collect() for source in self._devices}
-        # after the writes: what held data and was not written since is where new holes can be
-        written = self._merge(reports).bitmaps
-        holes = self._holes.collect(None if look else written)
-        # without a file, a page that is given back counts as written
-        holes |= {b.name: DirtyBitmap.empty(b.npages) for b in self._fileless}
-        return {**reports, self._holes.name: holes}
+            reports[Brake.name], union = braked, written | braked
+        return Scan(reports, union, handed_over, (time.monotonic() - started) * 1000)
 
-    def _merge(self, reports: Mapping[str, Bitmaps]) -> Merged:
-        return merge(self._npages, reports, self.inexact)
+    def _read(self, scan: Scan | None, left: PageSet | None, *, backends_too: bool) -> _Reading:
+        if scan is None:
+            scan = self._scan(protect=True)
+        elif isinstance(self._cpu, UffdAsync):
+            nothing = PageSet.empty(self._tracking.blocks)
+            self._cpu.protect(scan.reports[self._cpu.name], nothing if left is None else left)
+        reports = {**scan.reports, **{source.name: source.collect() for source in self._devices}}
+        started = time.monotonic()
+        merged = merge(self._tracking.blocks, reports, self.inexact)
+        merge_ms = (time.monotonic() - started) * 1000
+        # what is reported beside pages that were written may be holes, and to read would fill them
+        look = scan.handed_over or (backends_too and isinstance(self._cpu, UffdSync))
+        # after the writes: what held data and was not written since is where new holes can be
+        holes = self._holes.collect(None if look else merged.dirty.of(self._files))
+        # without a file, a page that is given back counts as written
+        nothing = PageSet.empty(self._fileless)
+        reports[self._holes.name] = PageSet(self._tracking.blocks, {**holes, **nothing})
+        started = time.monotonic()
+        if holes.any():
+            merged = merge(self._tracking.blocks, reports, self.inexact)
+        else:
+            merged.add_nothing_of(self._holes.name)
+        merge_ms += (time.monotonic() - started) * 1000
+        return _Reading(scan, reports, merged, merge_ms)
 
     async def _check_nothing_plugged(self) -> None:
         if tuple(await self._vm.memory_backends()) != self._tracking.backends:
@@ -161,7 +182,7 @@ class Sources:
         if await in_thread(vfio_descriptors, self._vm.pid) != self._vfio:
             raise VmError(self._vm.name, "its VFIO devices changed (a device was plugged?)")
 
-    async def slow_writers(self, percent: int, longest_ms: float, hot: Bitmaps) -> None:
+    async def slow_writers(self, percent: int, longest_ms: float, hot: PageSet) -> None:
         """Have the guest's writers wait for a part of their time; see :meth:`slow`.
 
         :param hot: what is written most, if not everything can be waited for
@@ -180,15 +201,15 @@ class Sources:
         assert brake is not None
         await in_thread(brake.slow, percent, longest_ms)
 
-    def take_suspects(self, dirty: Bitmaps) -> dict[str, DirtyBitmap]:
+    def take_suspects(self, dirty: PageSet) -> PageSet:
         """Take the suspects, without those that are sent anyway."""
-        suspects = without(self.suspects, dirty)
-        self.suspects = no_pages(self._npages)
+        suspects = self.suspects - dirty
+        self.suspects = PageSet.empty(self._tracking.blocks)
         return suspects
 
-    def suspect_data(self) -> dict[str, DirtyBitmap]:
+    def suspect_data(self) -> PageSet:
         """Suspects that hold data: those cost a comparison."""
-        return {name: self.data[name] & pages for name, pages in self.suspects.items()}
+        return self.data & self.suspects
 
     async def stop_devices(self) -> None:
         """Let go of the devices' trackers: they stand, and what they wrote was collected."""
@@ -203,6 +224,11 @@ class Sources:
             await in_thread(source.stop)
 
 
-def _of_all(leave: Leave, braked: Bitmaps) -> Leave:
-    """Ask with what was written under the brake, too: there nothing is left unprotected."""
-    return lambda written: leave({name: pages | braked[name] for name, pages in written.items()})
+@dataclass(frozen=True)
+class _Reading:
+    """Of all sources, and how long it took to unite what they reported."""
+
+    scan: Scan
+    reports: Mapping[str, PageSet]
+    merged: Merged
+    merge_ms: float

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from migrator.errors import NoSpace
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 
 @dataclass
@@ -20,7 +19,7 @@ class Sent:
     :ivar wire_bytes: bytes that went over a network for it
     :ivar least_s: what sending as much takes in the long run, where the rate is limited: after a
         pause, a little passes faster
-    :ivar undelivered: pages that were asked for and did not arrive, by block; they are owed
+    :ivar undelivered: pages that were asked for and did not arrive; they are owed
     :ivar reconnected: the link broke, and was made again
     :ivar error: why, where something did not arrive
     """
@@ -30,7 +29,7 @@ class Sent:
     bytes: int = 0
     wire_bytes: int = 0
     least_s: float = 0.0
-    undelivered: dict[str, DirtyBitmap] = field(default_factory=dict)
+    undelivered: PageSet | None = None
     reconnected: bool = False
     error: Exception | None = None
 
@@ -64,29 +63,29 @@ class Sender(Protocol):
 
     async def send(
         self,
-        dirty: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        dirty: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,
     ) -> Sent:
         """Make the dirty pages at the destination what they are at the source.
 
-        :param dirty: pages to send, by block
-        :param data: pages that hold data, by block, as of after ``dirty`` was collected; the
+        :param dirty: pages to send
+        :param data: pages that hold data, as of after ``dirty`` was collected; the
             others are holes, to be cleared at the destination and not to be read here
         :param guest_stands: what breaks now is an error, not something to be waited for
         """
 
     async def changed(
         self,
-        pages: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        pages: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,
-    ) -> dict[str, DirtyBitmap]:
+    ) -> PageSet:
         """Which of the pages are not at the destination as they are at the source.
 
-        :param pages: pages to compare, by block; what writes them from now on is reported
+        :param pages: pages to compare; what writes them from now on is reported
         :param data: see :meth:`send`; likewise ``guest_stands``
         """
 

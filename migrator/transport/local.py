@@ -6,7 +6,7 @@ import asyncio
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from migrator.transport.reservation import (
 )
 from migrator.transport.space import Growth, Room, growth_bytes, margins, room_of, to_hold, to_run
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.extents import data_pages
 from tracker.memory.pages import compare_pages, copy_pages, punch_pages, zero_pages
 from tracker.memory.ram import RamBlock, open_file
@@ -186,8 +187,8 @@ class LocalCopy:
 
     async def send(
         self,
-        dirty: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        dirty: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,  # nothing here could be waited for
     ) -> Sent:
@@ -207,15 +208,16 @@ class LocalCopy:
                 thread.exception()
             raise
 
-    def _send(self, dirty: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]) -> Sent:
-        sent = Sent()
+    def _send(self, dirty: PageSet, data: PageSet) -> Sent:
+        sent, undelivered = Sent(), PageSet.empty(dirty.blocks)
         for pair in self._pairs:
             name = pair.source.name
             error = self._send_block(pair, dirty[name], data[name], sent)
             if error:
                 sent.error = OSError(error, f"writing RAM {name!r}: {os.strerror(error)}")
                 # of a slice that failed half way nothing is known: the block is owed whole
-                sent.undelivered[name] = dirty[name]
+                undelivered[name].add(dirty[name])
+                sent.undelivered = undelivered
                 if not pair.destination.is_hugetlb:
                     # it has pages that were not written; reading those is SIGBUS on a full tmpfs
                     pair.present = pair.destination_data()
@@ -230,7 +232,7 @@ class LocalCopy:
 
     def _send_block(self, pair: _Pair, dirty: DirtyBitmap, data: DirtyBitmap, sent: Sent) -> int:
         page_size = pair.source.page_size
-        discarded = dirty.minus(data)
+        discarded = dirty - data
         holes = discarded.count()
         self._sent_pages += holes  # for whoever watches: they take no time
         cleared = DirtyBitmap.empty(dirty.npages)
@@ -260,7 +262,7 @@ class LocalCopy:
             if error:
                 return error
         if holes:  # they are to be none at the destination only because they were reserved
-            error = pair.reservation.discard(discarded.minus(pair.present))
+            error = pair.reservation.discard(discarded - pair.present)
             if error:
                 return error
         if pair.destination.is_hugetlb:
@@ -279,34 +281,32 @@ class LocalCopy:
         page_size = pair.destination.page_size
         # a destination that was preallocated keeps what is zero already
         zero_pages(pair.to_memory, page_size, cleared.words, zeros.words)
-        punched = cleared.minus(zeros)
+        punched = cleared - zeros
         error = punch_pages(pair.fd, page_size, punched.words)
         if not error:
-            pair.present = pair.present.minus(punched)
+            pair.present = pair.present - punched
         return int(error)
 
     async def changed(
         self,
-        pages: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        pages: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,
-    ) -> dict[str, DirtyBitmap]:
+    ) -> PageSet:
         """See :meth:`migrator.transport.Transport.changed`.
 
         Compared with the destination's copy: these are the very bytes that were sent.
         """
         return await self._stoppable(lambda: self._changed(pages, data))
 
-    def _changed(
-        self, pages: Mapping[str, DirtyBitmap], data: Mapping[str, DirtyBitmap]
-    ) -> dict[str, DirtyBitmap]:
+    def _changed(self, pages: PageSet, data: PageSet) -> PageSet:
         found = {}
         for pair in self._pairs:
             asked = pages[pair.source.name]
             ours, theirs = data[pair.source.name] & asked, pair.present & asked
             found[pair.source.name] = self._differing(pair, ours, theirs)
-        return found
+        return PageSet(pages.blocks, found)
 
     def _differing(self, pair: _Pair, ours: DirtyBitmap, theirs: DirtyBitmap) -> DirtyBitmap:
         """Pages that differ, of those that hold data at the source or at the destination."""

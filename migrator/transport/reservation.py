@@ -47,7 +47,7 @@ class Reservation:
         """The pages of these that can be reserved, and are not there yet."""
         if self.room().free_bytes is None:
             return DirtyBitmap.empty(self.block.npages)
-        return pages.minus(self._held)
+        return pages - self._held
 
     def reserve(self, wanted: DirtyBitmap, first: int, last: int) -> int:
         """Allocate the pages of a slice of words; they count as reserved even if that fails.
@@ -69,7 +69,7 @@ class Reservation:
             given = pages & self.pages
             if not given.any():
                 return 0
-            self.pages = self.pages.minus(given)
+            self.pages = self.pages - given
             return int(punch_pages(self.fd, self.block.page_size, given.words))
 
     def give_back(self) -> None:
@@ -84,7 +84,7 @@ class Reservation:
                 return
             if self.block.is_hugetlb:  # taken from nothing but the pool that QEMU reserved
                 return
-            taken = DirtyBitmap.full(self.block.npages).minus(self._held)
+            taken = DirtyBitmap.full(self.block.npages) - self._held
             error = int(punch_pages(self.fd, self.block.page_size, taken.words))
         if error:
             raise OSError(error, f"punching RAM {self.block.name!r}: {os.strerror(error)}")

@@ -33,6 +33,7 @@ from migrator.transport.space import Shortage, growth_bytes, room_of
 from migrator.transport.warm import warm_up
 from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap, pages_of
+from tracker.bits.pageset import PageSet
 from tracker.memory import pagehash
 from tracker.memory.extents import data_pages
 from tracker.memory.ram import RamBlock
@@ -139,8 +140,8 @@ class StreamCopy:
 
     async def send(
         self,
-        dirty: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        dirty: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,
     ) -> Sent:
@@ -161,7 +162,7 @@ class StreamCopy:
         sent = self._tally()
         if problem is None:
             return sent
-        sent.undelivered = dict(dirty)
+        sent.undelivered = dirty
         if guest_stands or not isinstance(problem, LinkLost):
             sent.error = problem
             return sent
@@ -192,15 +193,18 @@ class StreamCopy:
         streams: Sequence[Stream],
         applied: Sequence[Applied],
         number: int,
-    ) -> dict[str, DirtyBitmap]:
+    ) -> PageSet:
         """Pages of which anything did not arrive."""
         arrived = [np.zeros_like(units) for units in dirty]
         for stream, told in zip(streams, applied, strict=True):
             for block, runs in stream.sent[: told.of_round(number)]:
                 run_loops.mark(runs, arrived[block])
-        return {
-            ram.block.name: ram.pages(dirty[i] & ~arrived[i]) for i, ram in enumerate(self._rams)
-        }
+        return self._page_set([units & ~there for units, there in zip(dirty, arrived, strict=True)])
+
+    def _page_set(self, units: Sequence[NDArray[np.uint64]]) -> PageSet:
+        """Pages of all blocks, any unit of which is set."""
+        pairs = zip(self._rams, units, strict=True)
+        return PageSet(self._blocks, {ram.block.name: ram.pages(some) for ram, some in pairs})
 
     def _stop(self, work: Work) -> None:
         """Let all connections end what they are at."""
@@ -252,11 +256,11 @@ class StreamCopy:
 
     async def changed(
         self,
-        pages: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        pages: PageSet,
+        data: PageSet,
         *,
         guest_stands: bool = False,
-    ) -> dict[str, DirtyBitmap]:
+    ) -> PageSet:
         """See :meth:`migrator.transport.Transport.changed`.
 
         By digests of the destination's copy, which is the very bytes that were sent.
@@ -274,12 +278,11 @@ class StreamCopy:
 
         parts = [part for i, ram in enumerate(self._rams) for part in ram.parts(i, asked[i])]
         # all of RAM may have to be compared, where a device is not known by what it writes
-        nbytes = sum(pages[block.name].count() * block.page_size for block in self._blocks)
-        most_s = _STANDING_S + nbytes / _SLOWEST_BYTES_PER_S
+        most_s = _STANDING_S + pages.nbytes() / _SLOWEST_BYTES_PER_S
         problem = await self._all_streams(parts, compare, most_s if guest_stands else None)
         if problem is not None:
             raise problem
-        return {ram.block.name: ram.pages(found[i]) for i, ram in enumerate(self._rams)}
+        return self._page_set(found)
 
     def _compare_units(
         self,
@@ -340,7 +343,7 @@ class StreamCopy:
             raise problem
         return Comparison(
             pages=sum(ram.block.npages for ram in self._rams),
-            mismatched=sum(ram.pages(found[i]).count() for i, ram in enumerate(self._rams)),
+            mismatched=self._page_set(found).count(),
         )
 
     def _differing_chunks(

@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from migrator.errors import TraceError
 from migrator.watch.trace import Block, Header, Writer
 from migrator.watch.trackable import Tracked, tracked
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.pages import zero_pages
 from tracker.memory.ram import RamBlock, open_file
 from tracker.warm import warm_up
@@ -100,23 +101,23 @@ class _Recording:
         self._file = file
         self._options = options
         self._asked_at = -math.inf
-        self._page_sizes = {block.name: block.page_size for block in vm.tracking.blocks}
         self.so_far = Recorded()
 
     async def begin(self) -> None:
         blocks = self._vm.tracking.blocks
         version = (await self._vm.vm.execute("query-version"))["qemu"]
-        data = {
-            block.name: self._vm.sources.data[block.name].copy()
-            if block.has_file
-            else DirtyBitmap.full(block.npages)
-            for block in blocks
-        }
+        data = PageSet(
+            blocks,
+            {
+                block.name: self._vm.sources.data[block.name].copy()
+                if block.has_file
+                else DirtyBitmap.full(block.npages)
+                for block in blocks
+            },
+        )
         zeros = await in_thread(self._zeros, data)
         written, self._began = await self._collect()
-        for name, pages in written.items():
-            data[name] |= pages
-            zeros[name] = zeros[name].minus(pages)
+        data, zeros = data | written, zeros - written
         header = Header(
             tuple(Block(b.name, b.size, b.page_size) for b in blocks),
             self._options.interval_s,
@@ -147,32 +148,33 @@ class _Recording:
                 shown_at = at
                 show(self.so_far)
 
-    def _count(self, written: Mapping[str, DirtyBitmap], until_s: float, interval_s: float) -> None:
+    def _count(self, written: PageSet, until_s: float, interval_s: float) -> None:
         so_far = self.so_far
         so_far.seconds = until_s
         so_far.records += 1
         so_far.longest_s = max(so_far.longest_s, interval_s)
         so_far.file_bytes = self._file.tell()
-        so_far.written_bytes += sum(
-            pages.count() * self._page_sizes[name] for name, pages in written.items()
-        )
+        so_far.written_bytes += written.nbytes()
 
-    async def _collect(self) -> tuple[dict[str, DirtyBitmap], float]:
+    async def _collect(self) -> tuple[PageSet, float]:
         """What was written, and when it was looked at: at the beginning, which is what is slow."""
         at = time.monotonic()
         ask = at - self._asked_at >= _BACKENDS_S
         if ask:
             self._asked_at = at
         found = await self._vm.sources.collect(backends_too=ask)
-        return found.merged.bitmaps, at
+        return found.merged.dirty, at
 
-    def _zeros(self, data: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
-        return {
-            block.name: _zero_pages(self._vm.vm.pid, block, data[block.name])
-            if block.has_file and not block.is_hugetlb  # whose pages take long to read
-            else DirtyBitmap.empty(block.npages)
-            for block in self._vm.tracking.blocks
-        }
+    def _zeros(self, data: PageSet) -> PageSet:
+        return PageSet(
+            data.blocks,
+            {
+                block.name: _zero_pages(self._vm.vm.pid, block, data[block.name])
+                if block.has_file and not block.is_hugetlb  # whose pages take long to read
+                else DirtyBitmap.empty(block.npages)
+                for block in self._vm.tracking.blocks
+            },
+        )
 
 
 def _zero_pages(pid: int, block: RamBlock, data: DirtyBitmap) -> DirtyBitmap:

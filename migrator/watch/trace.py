@@ -35,6 +35,7 @@ from pyroaring import BitMap
 
 from migrator.errors import TraceError
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 MAGIC = b"QMTRACE1"
 _FRAME = struct.Struct("<II")
@@ -94,14 +95,14 @@ class Record:
 class Trace:
     """A recording that was read.
 
-    :ivar data: pages that held data at the beginning, by block
+    :ivar data: pages that held data at the beginning
     :ivar zeros: of these, the ones full of zeros
     :ivar whole: whether its last frame is
     """
 
     header: Header
-    data: Mapping[str, DirtyBitmap]
-    zeros: Mapping[str, DirtyBitmap]
+    data: PageSet
+    zeros: PageSet
     records: tuple[Record, ...]
     whole: bool = True
 
@@ -122,8 +123,8 @@ class Writer:
         self,
         file: BinaryIO,
         header: Header,
-        data: Mapping[str, DirtyBitmap],
-        zeros: Mapping[str, DirtyBitmap],
+        data: PageSet,
+        zeros: PageSet,
     ) -> None:
         self._file = file
         self._names = [block.name for block in header.blocks]
@@ -132,7 +133,7 @@ class Writer:
         self._frame(json.dumps(asdict(header)).encode())
         self._frame(b"".join(_packed(s[name]) for name in self._names for s in (data, zeros)))
 
-    def append(self, until_s: float, written: Mapping[str, DirtyBitmap]) -> None:
+    def append(self, until_s: float, written: PageSet) -> None:
         """Add a record; see :class:`Record`."""
         sets = (_packed(written[name]) for name in self._names)
         self._frame(_TIME.pack(until_s) + b"".join(sets))
@@ -181,7 +182,9 @@ def _parsed(content: bytes) -> Trace:
         sets = _Sets(frame[_TIME.size :])
         records.append(Record(until_s, {name: sets.pages(npages) for name, npages in names}))
         sets.end()
-    return Trace(header, data, zeros, tuple(records), end == len(content))
+    blocks = header.blocks
+    whole = end == len(content)
+    return Trace(header, PageSet(blocks, data), PageSet(blocks, zeros), tuple(records), whole)
 
 
 def _frames(content: bytes) -> tuple[list[bytes], int]:

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from migrator.aio import in_thread
@@ -22,9 +22,8 @@ from migrator.tracking.readings import Collected, Tracking
 from migrator.tracking.sources import Sources
 from migrator.watch.sample import WINDOWS_S, Sight, Watched
 from migrator.watch.trackable import tracked
-from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.heat import History
-from tracker.bits.pageset import count
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 from tracker.warm import warm_up
 
@@ -108,16 +107,13 @@ class _Watch:
         """Read all sources twice, and keep what they report together."""
         last = self._readings[-1]
         first, then = await self._collect(last + min(_SHORT_S, self._tick_s / 2))
-        self._short = (then - last, self._bytes_of(first.merged.bitmaps))
+        self._short = (then - last, first.merged.dirty.nbytes())
         found, now = await self._collect(last + self._tick_s)
         for source, report in found.reports.items():
-            for name, bitmap in report.items():
-                bitmap |= first.reports[source][name]
-            self._pages[source] = self._pages.get(source, 0) + count(report)
-        written = found.merged.bitmaps
-        for name, bitmap in written.items():
-            bitmap |= first.merged.bitmaps[name]
-        self._bytes += self._bytes_of(written)
+            both = report | first.reports[source]
+            self._pages[source] = self._pages.get(source, 0) + both.count()
+        written = found.merged.dirty | first.merged.dirty
+        self._bytes += written.nbytes()
         await in_thread(self._note, written, now - last)
         self._readings.append(now)
         while now - self._readings[1] > 2 * max(WINDOWS_S):
@@ -128,12 +124,9 @@ class _Watch:
         found = await self._sources.collect(backends_too=True)
         return found, time.monotonic()
 
-    def _note(self, written: Mapping[str, DirtyBitmap], seconds: float) -> None:
+    def _note(self, written: PageSet, seconds: float) -> None:
         for name, history in self._histories.items():
             history.note(written[name], seconds)
-
-    def _bytes_of(self, pages: Mapping[str, DirtyBitmap]) -> int:
-        return sum(pages[b.name].count() * b.page_size for b in self._tracking.blocks)
 
     # -- what is told ---------------------------------------------------------------------------
 

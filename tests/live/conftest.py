@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
+from tests.hugepages import huge_pages
 
 _HUGE_PAGES = 2 * 128 // 2
 
@@ -41,19 +42,8 @@ def disk() -> Iterator[Path]:
 @pytest.fixture
 def hugetlbfs() -> Iterator[Path]:
     """A hugetlbfs with pages of 2 MiB, enough for two guests of 128 MiB."""
-    require(None if os.geteuid() == 0 else "only root may reserve huge pages")
-    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    require(None if pool.exists() else "the kernel has no huge pages of 2 MiB")
-    before = int(pool.read_text())
-    pool.write_text(f"{before + _HUGE_PAGES}")
-    added = int(pool.read_text()) - before
-    try:
-        missing = _HUGE_PAGES - added
-        require(f"memory is short of {missing} huge pages" if missing > 0 else None)
-        with mounted("hugetlbfs", "pagesize=2M") as directory:
-            yield directory
-    finally:
-        pool.write_text(f"{int(pool.read_text()) - added}")  # others may have some meanwhile
+    with huge_pages(_HUGE_PAGES), mounted("hugetlbfs", "pagesize=2M") as directory:
+        yield directory
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from migrator import Progress, Report, migrate
 from migrator.errors import MigratorError, VmError
 from migrator.guest.workload import Workload, boot_image, heartbeats
 from migrator.link.session import Link
-from migrator.migration.orchestrator import Options
+from migrator.migration.options import Options
 from migrator.qemu.process import RunDirectory, Vm
 from migrator.qemu.qmp import Qmp
 from tests.conftest import require

@@ -26,12 +26,14 @@ from tests.live.tracked import (
     tracked,
     tracking,
 )
+from tests.pagesets import page_set
 from tests.processes import fault_servers, is_running
 from tests.tracker.targets import injectors, wait_until
 from tracker.answered import uffdsync
 from tracker.answered.brake import Brake
 from tracker.answered.uffdsync import UffdSync
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import NotTracking, SourceError
 from tracker.inject import acquire as inject
 from tracker.memory.ram import RamBlock
@@ -61,11 +63,8 @@ class Braked:
     def start(self) -> None:
         self.rest.start()
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        found = self.brake.collect()
-        for name, written in self.rest.collect().items():
-            found[name] |= written
-        return found
+    def collect(self) -> PageSet:
+        return self.brake.collect() | self.rest.collect()
 
     def stop(self) -> None:
         self.brake.stop()
@@ -77,11 +76,11 @@ def brake_of(tracker: Tracker) -> Brake:
     return tracker.uffd.brake
 
 
-def spans(npages: int, *ranges: tuple[int, int]) -> dict[str, DirtyBitmap]:
+def spans(npages: int, *ranges: tuple[int, int]) -> PageSet:
     bitmap = DirtyBitmap.empty(npages)
     for first, last in ranges:
         bitmap.set_range(first, last)
-    return {NAME: bitmap}
+    return page_set({NAME: bitmap})
 
 
 def written(tracker: Tracker) -> list[int]:
@@ -204,7 +203,9 @@ def test_what_may_be_left_unprotected_is_never_under_the_brake() -> None:
         brake.put_on(spans(512, (100, 200)))
         tracker.collect()
         child.store(0, 512)
-        found = rest.collect(lambda _: spans(512, (50, 250)))[NAME]
+        scanned = rest.scan()
+        rest.protect(scanned, spans(512, (50, 250)))
+        found = scanned[NAME]
         assert pages(found).tolist() == [*range(100), *range(200, 512)]
         assert len(pages(brake.collect()[NAME])) == 100
         assert written(tracker) == [*range(50, 100), *range(200, 250)]
@@ -278,7 +279,7 @@ def test_spans_that_hold_what_is_hot_are_kept() -> None:
         pid = server(tracker)
         brake.put_on(spans(1024, (150, 350)))  # three quarters of it
         assert server(tracker) == pid
-        brake.put_on({NAME: DirtyBitmap.empty(1024)})
+        brake.put_on(page_set({NAME: DirtyBitmap.empty(1024)}))
         assert server(tracker) == pid
         brake.put_on(spans(1024, (151, 351)))
         assert server(tracker) != pid

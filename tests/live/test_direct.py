@@ -116,13 +116,13 @@ asyncio.run(migrate(source, destination, options, watch=watch))
 """
 _KILLED_WHILE_IT_STANDS = _KILLED_AT.replace(
     "def watch",
-    """from migrator.migration import orchestrator
-really = orchestrator.stop_guest
+    """from migrator.migration import attempt
+really = attempt.stop_guest
 async def stop_guest(source):
     assert await really(source)
     assert await source.run_state() == "paused"
     os.kill(os.getpid(), signal.SIGKILL)
-orchestrator.stop_guest = stop_guest
+attempt.stop_guest = stop_guest
 def watch""",
 )
 

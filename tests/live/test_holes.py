@@ -29,6 +29,7 @@ from tests.live.tracked import (
     tracked,
     tracking,
 )
+from tests.pagesets import page_set
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import SourceError
 from tracker.memory.pages import punch_pages
@@ -308,9 +309,10 @@ def test_pages_that_are_discarded_while_they_are_copied() -> None:
             child.store(0, npages)
             dirty = both.collect()
             await asyncio.gather(
-                asyncio.to_thread(discard_some, seed), copy.send({NAME: dirty}, {NAME: both.data})
+                asyncio.to_thread(discard_some, seed),
+                copy.send(page_set({NAME: dirty}), page_set({NAME: both.data})),
             )
-            await copy.send({NAME: both.collect()}, {NAME: both.data})
+            await copy.send(page_set({NAME: both.collect()}), page_set({NAME: both.data}))
             return (await copy.compare()).mismatched
 
         async def run() -> list[int]:

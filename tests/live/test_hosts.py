@@ -18,14 +18,14 @@ from migrator.guest.workload import Workload
 from migrator.link import keys
 from migrator.qemu.qmp import Qmp
 from migrator.report.phases import Phase
-from migrator.tracking.readings import Collected
+from migrator.tracking.readings import Collected, Scan
 from migrator.tracking.sources import Sources
 from tests.live.moving import Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.sending import MIGRATOR, SMALL, Road, eventually, on_a_road, state
 from tests.live.vms import MIB, Pair
 from tracker.bits.bitmap import DirtyBitmap
-from tracker.sources.uffd import Leave
+from tracker.bits.pageset import PageSet
 
 pytestmark = pytest.mark.live
 
@@ -215,12 +215,12 @@ def test_a_page_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     collect = Sources.collect
 
     async def forgetful(
-        self: Sources, *, backends_too: bool, leave: Leave | None = None
+        self: Sources, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
     ) -> Collected:
-        collected = await collect(self, backends_too=backends_too, leave=leave)
-        for bitmap in collected.merged.bitmaps.values():
+        collected = await collect(self, backends_too=backends_too, scan=scan, left=left)
+        for bitmap in collected.merged.dirty.values():
             forgotten = DirtyBitmap.from_pages(bitmap.npages, [page])
-            bitmap.words[:] = bitmap.minus(forgotten).words
+            bitmap.words[:] = (bitmap - forgotten).words
         return collected
 
     async def body(road: Road) -> None:

@@ -7,7 +7,7 @@ left any more, they are what any page is.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ import pytest
 from tests.live.test_uffd import FileSystem, each_file_system, populated
 from tests.live.tracked import NAME, Mirror, Tracked, Tracker, pages
 from tracker.bits.bitmap import DirtyBitmap
-from tracker.sources.uffd import Leave, UffdAsync
+from tracker.bits.pageset import PageSet
+from tracker.sources.uffd import UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live
@@ -26,21 +27,18 @@ def compiled() -> None:
     warm_up()
 
 
-def leaving(*which: int) -> Leave:
-    def leave(written: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
-        of_all = written[NAME]
-        return {NAME: of_all & DirtyBitmap.from_pages(of_all.npages, list(which))}
-
-    return leave
-
-
 def source(tracker: Tracker) -> UffdAsync:
     assert isinstance(tracker.uffd, UffdAsync)
     return tracker.uffd
 
 
-def collect(tracker: Tracker, leave: Leave | None = None) -> list[int]:
-    return list(pages(source(tracker).collect(leave)[NAME]).tolist())
+def collect(tracker: Tracker, leave: Sequence[int] = ()) -> list[int]:
+    """Numbers of the pages that were written; those in ``leave`` are left unprotected."""
+    written = source(tracker).scan()
+    of_all = written[NAME]
+    left = of_all & DirtyBitmap.from_pages(of_all.npages, list(leave))
+    source(tracker).protect(written, PageSet(written.blocks, {NAME: left}))
+    return list(pages(of_all).tolist())
 
 
 def faults(child: Tracked) -> int:
@@ -54,11 +52,11 @@ def test_what_is_left_is_reported_until_it_is_not_left(
 ) -> None:
     with populated(file_system, npages, page_size) as (child, tracker):
         child.store(2, 4)
-        assert collect(tracker, leaving(2, 3, 9)) == [2, 3, 4, 5]
-        assert collect(tracker, leaving(2, 3)) == [2, 3]
+        assert collect(tracker, [2, 3, 9]) == [2, 3, 4, 5]
+        assert collect(tracker, [2, 3]) == [2, 3]
         child.store(4)
-        assert collect(tracker, leaving(2)) == [2, 3, 4]
-        assert collect(tracker, leaving(2)) == [2]
+        assert collect(tracker, [2]) == [2, 3, 4]
+        assert collect(tracker, [2]) == [2]
         assert collect(tracker) == [2]
         assert collect(tracker) == []
         child.store(2)
@@ -68,7 +66,7 @@ def test_what_is_left_is_reported_until_it_is_not_left(
 def test_a_page_that_is_left_costs_its_writer_no_fault() -> None:
     n = 500
     with populated() as (child, tracker):
-        for leave, expected in ((None, n), (leaving(*range(n)), 0)):
+        for leave, expected in ((range(0), n), (range(n), 0)):
             child.store(0, n)
             assert len(collect(tracker, leave)) == n
             before = faults(child)
@@ -79,7 +77,7 @@ def test_a_page_that_is_left_costs_its_writer_no_fault() -> None:
 def test_pages_that_alternate_with_too_many_others_are_all_protected() -> None:
     with populated(npages=8192) as (child, tracker):
         child.store(0, 8192)
-        every_second = leaving(*range(0, 8192, 2))
+        every_second = range(0, 8192, 2)
         assert len(collect(tracker, every_second)) == 8192
         assert len(child.protected()) == 8192
         assert collect(tracker) == []
@@ -104,19 +102,15 @@ def test_no_increment_is_lost_if_what_was_left_is_sent_in_the_end(
             third = DirtyBitmap.empty(npages)
             at = number % 3 * (npages // 3)
             third.set_range(at, at + npages // 3)
-            left = DirtyBitmap.empty(npages)
-
-            def leave(written: Mapping[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
-                left.words[:] = (written[NAME] & third).words  # noqa: B023
-                return {NAME: left}  # noqa: B023
-
-            written = source(tracker).collect(leave)
+            written = source(tracker).scan()
+            left = written[NAME] & third
+            source(tracker).protect(written, PageSet(written.blocks, {NAME: left}))
             tracker.holes.collect(written)
             dirty = written[NAME] | waiting
-            mirror.take(dirty.minus(left), tracker.data)
+            mirror.take(dirty - left, tracker.data)
             waiting, number = left, number + 1
         assert number >= 3
         assert child.rest() > 0
         last = tracker.collect() | waiting
-        mirror.take(last if owed else last.minus(waiting), tracker.data)
+        mirror.take(last if owed else last - waiting, tracker.data)
         assert (mirror.differing() == []) is owed

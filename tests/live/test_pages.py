@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,10 @@ from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
+from tracker.memory.ram import RamBlock
 from tracker.sources.holes import Holes
-from tracker.sources.uffd import Leave, UffdAsync
+from tracker.sources.uffd import UffdAsync
 
 pytestmark = pytest.mark.live
 
@@ -41,19 +43,17 @@ every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 class Silent(UffdAsync):
     """A tracker that drops what it collected."""
 
-    def collect(self, leave: Leave | None = None) -> dict[str, DirtyBitmap]:
-        return nothing(super().collect(leave))
+    def _scan_into(
+        self, dirty: DirtyBitmap, block: RamBlock, first: int, last: int, *, protect: bool = True
+    ) -> None:
+        super()._scan_into(DirtyBitmap.empty(dirty.npages), block, first, last, protect=protect)
 
 
 class SilentHoles(Holes):
     """Reports no page that was discarded."""
 
-    def collect(self, written: Mapping[str, DirtyBitmap] | None = None) -> dict[str, DirtyBitmap]:
-        return nothing(super().collect(written))
-
-
-def nothing(report: dict[str, DirtyBitmap]) -> dict[str, DirtyBitmap]:
-    return {name: DirtyBitmap.empty(found.npages) for name, found in report.items()}
+    def collect(self, written: PageSet | None = None) -> PageSet:
+        return PageSet.empty(super().collect(written).blocks)
 
 
 def with_pair(

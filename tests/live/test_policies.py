@@ -19,14 +19,14 @@ from migrator.errors import Failed
 from migrator.guest.workload import Workload
 from migrator.policy.judge import PolicyName
 from migrator.report.phases import DOWNTIME, Phase
-from migrator.tracking.readings import Collected
+from migrator.tracking.readings import Collected, Scan
 from migrator.tracking.sources import Sources
 from migrator.transport.local import LocalCopy
 from tests.live.moving import VERIFIED, Ram, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bits.bitmap import DirtyBitmap
-from tracker.sources.uffd import Leave
+from tracker.bits.pageset import PageSet
 
 pytestmark = pytest.mark.live
 
@@ -122,14 +122,14 @@ def forgetting_what_waits(monkeypatch: pytest.MonkeyPatch, first: int, pages: in
     collect = Sources.collect
 
     async def forgetful(
-        self: Sources, *, backends_too: bool, leave: Leave | None = None
+        self: Sources, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
     ) -> Collected:
-        collected = await collect(self, backends_too=backends_too, leave=leave)
-        if leave is None and not backends_too:
-            for bitmap in collected.merged.bitmaps.values():
+        collected = await collect(self, backends_too=backends_too, scan=scan, left=left)
+        if scan is None and not backends_too:
+            for bitmap in collected.merged.dirty.values():
                 forgotten = DirtyBitmap.empty(bitmap.npages)
                 forgotten.set_range(first, first + pages)
-                bitmap.words[:] = bitmap.minus(forgotten).words
+                bitmap.words[:] = (bitmap - forgotten).words
         return collected
 
     def of_sources_and_owed(
@@ -201,22 +201,22 @@ def test_what_is_written_and_unchanged_is_not_sent() -> None:
     with_pair(body, QUIET)
 
 
-def compared_with(a: bytes) -> Callable[..., Coroutine[Any, Any, dict[str, DirtyBitmap]]]:
+def compared_with(a: bytes) -> Callable[..., Coroutine[Any, Any, PageSet]]:
     """Compares the guest's pages with what they once were, whatever was sent since."""
     once_were = np.frombuffer(a, np.uint8).reshape(PAGES, 4096)
 
     async def changed(
         transport: LocalCopy,
-        pages: Mapping[str, DirtyBitmap],
-        data: Mapping[str, DirtyBitmap],
+        pages: PageSet,
+        data: PageSet,
         **_: bool,
-    ) -> dict[str, DirtyBitmap]:
+    ) -> PageSet:
         (pair,) = transport._pairs
         memory = pair.from_memory[SPOT : SPOT + len(a)].reshape(PAGES, 4096)
         unchanged = np.flatnonzero((memory == once_were).all(axis=1)) + SPOT // 4096
         asked = pages[pair.source.name]
         found = DirtyBitmap.from_pages(asked.npages, unchanged)
-        return {pair.source.name: asked.minus(found)}
+        return PageSet(pages.blocks, {pair.source.name: asked - found})
 
     return changed
 

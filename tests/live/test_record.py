@@ -111,7 +111,7 @@ def test_a_recording_can_be_simulated(tmp_path: Path) -> None:
         assert outcome.converges, outcome.report.reason
         sent.append(outcome.report.bytes_sent)
     assert sent == sorted(sent)
-    assert sent[0] >= guest.data["ram0"].minus(guest.zeros["ram0"]).count() * PAGE_SIZE
+    assert sent[0] >= (guest.data["ram0"] - guest.zeros["ram0"]).count() * PAGE_SIZE
 
 
 def command(vms: Pair, path: Path, *more: str) -> subprocess.Popen[str]:

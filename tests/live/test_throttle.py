@@ -24,8 +24,7 @@ from tracker.answered import uffdsync
 from tracker.answered.brake import Brake
 from tracker.answered.hotranges import hot_ranges
 from tracker.answered.uffdsync import UffdSync
-from tracker.bits.bitmap import DirtyBitmap
-from tracker.bits.pageset import Bitmaps
+from tracker.bits.pageset import PageSet
 from tracker.errors import NotTracking
 from tracker.inject import acquire as inject
 
@@ -300,7 +299,7 @@ def spot_is_written_while_nobody_looks(monkeypatch: pytest.MonkeyPatch, vms: Pai
             Ram(vms.source, vms.machine).write(SPOT + 4096, b"only once")
         start(source)
 
-    def with_spot(hot: Bitmaps) -> dict[str, DirtyBitmap]:
+    def with_spot(hot: PageSet) -> PageSet:
         spans = hot_ranges(hot)
         spans[name].set_range(SPOT // 4096, SPOT // 4096 + 16)
         return spans

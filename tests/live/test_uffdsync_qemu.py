@@ -16,7 +16,7 @@ from tests.live.moving import VERIFIED, check_still_at_source, move, once
 from tests.live.qemus import QEMUS, Qemu
 from tests.live.vms import Machine, pair
 from tracker.answered.uffdsync import UffdSync
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import NotTracking
 from tracker.memory.ram import RamBlock
 
@@ -53,9 +53,8 @@ def test_a_whole_migration(chunk: int, qemu: Qemu, monkeypatch: pytest.MonkeyPat
 
 def test_one_that_says_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(UffdSync):
-        def collect(self) -> dict[str, DirtyBitmap]:
-            found = super().collect()
-            return {name: DirtyBitmap.empty(pages.npages) for name, pages in found.items()}
+        def collect(self) -> PageSet:
+            return PageSet.empty(super().collect().blocks)
 
     monkeypatch.setattr("migrator.tracking.strategies.UffdSync", Silent)
 

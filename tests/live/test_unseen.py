@@ -24,7 +24,7 @@ from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Ram, Watch, move, once
 from tests.live.test_pages import LENGTH, SPOT, fails, with_pair
 from tests.live.vms import MIB, Machine, Pair
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import GuestRange, RamBlock
 from tracker.sources.source import DirtySource
 
@@ -48,9 +48,9 @@ class Everything:
     def start(self) -> None:
         pass
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         assert not self.stopped
-        return {block.name: DirtyBitmap.full(block.npages) for block in self._blocks}
+        return PageSet.full(self._blocks)
 
     def stop(self) -> None:
         self.stopped = True
@@ -61,8 +61,8 @@ class Exactly(Everything):
 
     exact = True
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        report = {block.name: DirtyBitmap.empty(block.npages) for block in self._blocks}
+    def collect(self) -> PageSet:
+        report = PageSet.empty(self._blocks)
         report[self._blocks[0].name].set_range(SPOT // 4096, SPOT // 4096 + PAGES)
         return report
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.conftest import require
+from tests.hugepages import huge_pages
 from tests.tracker.targets import descriptors
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
@@ -33,8 +34,6 @@ NAME = "ram0"
 
 PUNCH_HOLE = 2 | 1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, include/uapi/linux/falloc.h
 MADV_DONTNEED, MADV_REMOVE, MADV_HUGEPAGE, MADV_PAGEOUT = 4, 9, 14, 21
-
-_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 # --- file systems ---------------------------------------------------------------------------------
@@ -69,16 +68,8 @@ def mounted(kind: str, options: str) -> Iterator[str]:
 @contextlib.contextmanager
 def hugetlbfs(pages: int = 16) -> Iterator[str]:
     """Huge pages of 2 MiB out of a pool that is made larger for as long as they are used."""
-    require(None if os.geteuid() == 0 and _POOL.exists() else "no pool of huge pages to enlarge")
-    before = int(_POOL.read_text())
-    _POOL.write_text(str(before + pages))
-    try:
-        got = int(_POOL.read_text()) - before
-        require(None if got >= pages else f"only {got} huge pages could be had")
-        with mounted("hugetlbfs", f"pagesize={HUGE}") as directory:
-            yield directory
-    finally:
-        _POOL.write_text(str(max(0, int(_POOL.read_text()) - pages)))
+    with huge_pages(pages), mounted("hugetlbfs", f"pagesize={HUGE}") as directory:
+        yield directory
 
 
 @contextlib.contextmanager
@@ -272,7 +263,7 @@ class Tracker:
     def collect(self) -> DirtyBitmap:
         written = self.uffd.collect()
         reports = {self.uffd.name: written, self.holes.name: self.holes.collect(written)}
-        return merge({NAME: self.block.npages}, reports).bitmaps[NAME]
+        return merge([self.block], reports).dirty[NAME]
 
     @property
     def data(self) -> DirtyBitmap:

@@ -13,6 +13,7 @@ from migrator.policy.judge import Decision, Verdict
 from migrator.policy.policies import Policy
 from migrator.policy.throttling import Throttling
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 PAGE = 4096
@@ -46,13 +47,12 @@ class Walkers:
         self._walkers = walkers
         self._npages = npages
         self.blocks = (RamBlock("ram", npages * PAGE, PAGE, 0, 0, 0),)
-        self.data = {"ram": DirtyBitmap.full(npages)}
-        self.zeros = {"ram": DirtyBitmap.empty(npages)}
+        self.data, self.zeros = PageSet.full(self.blocks), PageSet.empty(self.blocks)
 
-    def written(self, from_s: float, to_s: float) -> dict[str, DirtyBitmap]:
+    def written(self, from_s: float, to_s: float) -> PageSet:
         """Pages written in an interval."""
         pages = np.concatenate([walker.written(from_s, to_s) for walker in self._walkers])
-        return {"ram": DirtyBitmap.from_pages(self._npages, pages)}
+        return PageSet(self.blocks, {"ram": DirtyBitmap.from_pages(self._npages, pages)})
 
 
 @dataclass(frozen=True)

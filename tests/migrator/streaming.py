@@ -23,6 +23,7 @@ from migrator.transport.stream import StreamCopy
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Mapper, Ram
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 LOOPBACK = "127.0.0.1"
 _END_S = 10.0
@@ -44,23 +45,26 @@ class Side:
     def end(self) -> None:
         self.mapper.end()
 
-    def data(self) -> dict[str, DirtyBitmap]:
+    def data(self) -> PageSet:
         """Pages that hold data."""
         found = {}
         for name, ram in self.rams.items():
             with ram.path.open("rb") as file:
                 data = naive.data(file.fileno(), ram.npages, PAGE)
             found[name] = DirtyBitmap.from_pages(ram.npages, sorted(data))
-        return found
+        return PageSet((ram.block for ram in self.rams.values()), found)
 
-    def full(self) -> dict[str, DirtyBitmap]:
-        return {name: DirtyBitmap.full(ram.npages) for name, ram in self.rams.items()}
+    def full(self) -> PageSet:
+        return PageSet.full(ram.block for ram in self.rams.values())
 
-    def pages(self, pages: Pages) -> dict[str, DirtyBitmap]:
-        return {
-            name: DirtyBitmap.from_pages(ram.npages, sorted(pages.get(name, set())))
-            for name, ram in self.rams.items()
-        }
+    def pages(self, pages: Pages) -> PageSet:
+        return PageSet(
+            (ram.block for ram in self.rams.values()),
+            {
+                name: DirtyBitmap.from_pages(ram.npages, sorted(pages.get(name, set())))
+                for name, ram in self.rams.items()
+            },
+        )
 
 
 class Waiting:

@@ -14,8 +14,7 @@ from dataclasses import replace
 
 from tracker.answered.hotranges import hot_ranges
 from tracker.answered.uffdsync import UffdSync
-from tracker.bits.bitmap import DirtyBitmap
-from tracker.bits.pageset import Bitmaps, any_of, count, no_pages
+from tracker.bits.pageset import PageSet
 from tracker.bits.rescale import spread
 from tracker.memory.ram import RamBlock
 from tracker.sources.uffd import UffdAsync
@@ -28,7 +27,7 @@ class Brake:
 
     Its :meth:`collect` has to be in the union from :meth:`put_on` on.
 
-    :ivar spans: by block; no page while nothing is handed over
+    :ivar spans: pages; none while nothing is handed over
     """
 
     name = UffdSync.name
@@ -37,10 +36,9 @@ class Brake:
         self._pid = pid
         self._blocks = tuple(blocks)
         self._rest = rest
-        self._npages = {block.name: block.npages for block in blocks}
         self._sync: UffdSync | None = None
-        self.spans = no_pages(self._npages)
-        self._handed_over = no_pages(self._npages)
+        self.spans = PageSet.empty(self._blocks)
+        self._handed_over = PageSet.empty(self._blocks)
 
     @property
     def is_on(self) -> bool:
@@ -50,16 +48,16 @@ class Brake:
     @property
     def handed_over(self) -> bool:
         """Whether the next collection has pages in it for no other reason than that."""
-        return any_of(self._handed_over)
+        return self._handed_over.any()
 
-    def put_on(self, hot: Bitmaps) -> None:
+    def put_on(self, hot: PageSet) -> None:
         """Choose spans by what is hot, unless those that are there hold most of it.
 
         :raise TrackerError: it cannot be; the source of the rest tracks everything again, if it
             can be collected from at all
         """
-        total = count(hot)
-        held = sum((pages & self.spans[name]).count() for name, pages in hot.items())
+        total = hot.count()
+        held = (hot & self.spans).count()
         if not total or (self._sync is not None and held >= _WELL_CHOSEN * total):
             return
         self.take_off()
@@ -89,11 +87,11 @@ class Brake:
         self._rest.take_back(self.spans)
         self._sync = None
         self._count_as_written()
-        self.spans = no_pages(self._npages)
+        self.spans = PageSet.empty(self._blocks)
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """See :meth:`tracker.sources.source.DirtySource.collect`; of spans only."""
-        found, self._handed_over = self._handed_over, no_pages(self._npages)
+        found, self._handed_over = self._handed_over, PageSet.empty(self._blocks)
         if self._sync is not None:
             written = self._sync.collect()
             for part, block, offset in self._placed():
@@ -109,8 +107,7 @@ class Brake:
         self._sync = None
 
     def _count_as_written(self) -> None:
-        for name, pages in self.spans.items():
-            self._handed_over[name] |= pages
+        self._handed_over |= self.spans
 
     def _parts(self) -> list[RamBlock]:
         return [part for part, _, _ in self._placed()]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 RANGES = 64
 _ENOUGH = 0.99  # of the pages; what lies apart is not worth a range
@@ -15,18 +14,15 @@ _ENOUGH = 0.99  # of the pages; what lies apart is not worth a range
 Rows = NDArray[np.int64]
 
 
-def hot_ranges(
-    hot: Mapping[str, DirtyBitmap], ranges: int = RANGES, enough: float = _ENOUGH
-) -> dict[str, DirtyBitmap]:
+def hot_ranges(hot: PageSet, ranges: int = RANGES, enough: float = _ENOUGH) -> PageSet:
     """Choose ranges that hold nearly all of the pages that are hot, and few others.
 
-    :param hot: by block
     :param ranges: no more runs than this, in all blocks together; but one a block, if all are hot
     :param enough: leave out the ranges with the fewest hot pages, as long as the others hold this
         part of them
-    :return: by block: the pages of the ranges
+    :return: the pages of the ranges
     """
-    found = {name: DirtyBitmap.empty(pages.npages) for name, pages in hot.items()}
+    found = PageSet.empty(hot.blocks)
     names = [name for name, pages in hot.items() if pages.any()]
     if not names:
         return found

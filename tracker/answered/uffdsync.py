@@ -34,6 +34,7 @@ from tracker import child
 from tracker.abi import pagemap, userfaultfd
 from tracker.answered.faultserver import main, words_of
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.bits.rescale import spread
 from tracker.errors import NotTracking, RamError, SourceError
 from tracker.inject.acquire import acquire_userfaultfd
@@ -165,7 +166,7 @@ class UffdSync:
         finally:
             os.close(taken)
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages of chunks that were written since the last call, which are protected again.
 
         :raise SourceError: whoever answered faults has ended, or cannot tell: nothing is known of
@@ -180,7 +181,9 @@ class UffdSync:
         self._take(self._timeout_s)
         rows = self._ranges.tolist()
         pairs = zip(self._blocks, rows, strict=True)
-        return {block.name: self._dirty(block, size, first) for block, (_, _, size, first) in pairs}
+        return PageSet(
+            self._blocks, {b.name: self._dirty(b, size, first) for b, (_, _, size, first) in pairs}
+        )
 
     def _add_unprotected(self) -> None:
         """Have chunks taken that are not protected, of whatever page.

@@ -145,13 +145,6 @@ class DirtyBitmap:
         self._check_same(other)
         return int(kernels.or_count(self.words, other.words))
 
-    def minus(self, other: DirtyBitmap) -> DirtyBitmap:
-        """Make the bitmap of the pages of this one that are not in ``other``."""
-        self._check_same(other)
-        rest = self.copy()
-        kernels.minus_into(rest.words, other.words)
-        return rest
-
     def __ior__(self, other: DirtyBitmap) -> DirtyBitmap:
         self._check_same(other)
         kernels.or_into(self.words, other.words)
@@ -165,6 +158,12 @@ class DirtyBitmap:
     def __and__(self, other: DirtyBitmap) -> DirtyBitmap:
         self._check_same(other)
         return DirtyBitmap(self.npages, self.words & other.words)
+
+    def __sub__(self, other: DirtyBitmap) -> DirtyBitmap:
+        self._check_same(other)
+        rest = self.copy()
+        kernels.minus_into(rest.words, other.words)
+        return rest
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DirtyBitmap):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from tracker.abi import vfio
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.devices.iova import PAGE_SIZE, Reach, Words, bitmap_memory, iova_ranges, spans
 from tracker.errors import RamError, SourceError
 from tracker.memory.ram import GuestRange, RamBlock
@@ -175,7 +175,7 @@ class DeviceLog:
             self._logging.append(device)
             return
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages that a device wrote since the last call; all that it reaches if it cannot tell.
 
         :raise SourceError: it was not started
@@ -188,7 +188,7 @@ class DeviceLog:
                 self._read(device, dirty)
         return self._reach.everything() if self._lost else dirty
 
-    def _read(self, device: str, dirty: dict[str, DirtyBitmap]) -> None:
+    def _read(self, device: str, dirty: PageSet) -> None:
         for one in self._reach.ranges:
             try:
                 bits = report(self._devices[device], one.iova, one.size)

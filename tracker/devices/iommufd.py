@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.devices.ioas import (
     IDS,
     Scratch,
@@ -104,7 +104,7 @@ class Iommufd:
             set_dirty_tracking(self._fd, number, True)
             self._tracked.append(number)
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages that a device wrote since the last call.
 
         :raise SourceError: a page table cannot be read or appeared since the start, or a mapping is

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.bits import rescale
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import BitmapError, RamError
 from tracker.memory.ram import GuestRange, RamBlock
 
@@ -122,26 +122,24 @@ class Reach:
         self._blocks = {block.name: block for block in blocks}
         self.ranges = tuple(ranges)
 
-    def nothing(self) -> dict[str, DirtyBitmap]:
-        """Make an empty bitmap for each block."""
-        return {name: DirtyBitmap.empty(block.npages) for name, block in self._blocks.items()}
+    def nothing(self) -> PageSet:
+        """Make an empty set of pages."""
+        return PageSet.empty(self._blocks.values())
 
-    def everything(self) -> dict[str, DirtyBitmap]:
-        """Make a bitmap for each block, of all pages that are reached, in whole or in part."""
+    def everything(self) -> PageSet:
+        """Make the set of all pages that are reached, in whole or in part."""
         pages = self.nothing()
         for one in self.ranges:
             self.add_all(pages, one)
         return pages
 
-    def add_all(self, pages: dict[str, DirtyBitmap], one: IovaRange) -> None:
+    def add_all(self, pages: PageSet, one: IovaRange) -> None:
         """Set all pages of a range."""
         size = self._blocks[one.block].page_size
         last = one.offset + one.size - 1
         pages[one.block].set_range(one.offset // size, last // size + 1)
 
-    def add(
-        self, pages: dict[str, DirtyBitmap], bits: Words, iova: int, nbits: int, bit_size: int
-    ) -> None:
+    def add(self, pages: PageSet, bits: Words, iova: int, nbits: int, bit_size: int) -> None:
         """Set the pages of all blocks that a bitmap of IO address space says are dirty.
 
         :param bits: bit i is the ``bit_size`` bytes at ``iova + i * bit_size``

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tracker.abi import vfio
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.devices.iova import IovaRange, Reach, Words, bitmap_memory, iova_ranges
 from tracker.errors import RamError, SourceError
 from tracker.memory.ram import GuestRange, RamBlock
@@ -219,7 +219,7 @@ class VfioType1:
             return False
         return True
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages that a device wrote, or may have written, since the last call.
 
         :raise SourceError: tracking was ended by somebody else, or the mappings changed

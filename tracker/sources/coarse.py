@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import RamError, SourceError
 from tracker.memory.copies import Copies
 from tracker.memory.ram import RamBlock
@@ -48,7 +48,7 @@ class Compared:
         self.name = f"{source.name}, compared"
         self.copies = Copies(pid, blocks, copied=copied)
         self._source = source
-        self._unseen = {} if copied else {b.name: DirtyBitmap.full(b.npages) for b in blocks}
+        self._unseen = PageSet.empty(blocks) if copied else PageSet.full(blocks)
 
     def start(self) -> None:
         """Begin to track; no copy is known yet. Where nobody copies, all is read once.
@@ -67,7 +67,7 @@ class Compared:
                 raise SourceError(self.name, str(error)) from error
             raise
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages that the other source reports, and that are not what their copies are.
 
         They are looked at after that source has armed them again: a write that comes too late for
@@ -77,7 +77,9 @@ class Compared:
         """
         reports = self._source.collect()
         try:
-            return {name: self.copies.differing(name, pages) for name, pages in reports.items()}
+            return PageSet(
+                reports.blocks, {n: self.copies.differing(n, p) for n, p in reports.items()}
+            )
         except (OSError, RamError) as error:
             raise SourceError(self.name, str(error)) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import RamError, SourceError
 from tracker.memory.copies import Copies
 from tracker.memory.ram import RamBlock
@@ -52,7 +52,7 @@ class ContentHash:
             raise SourceError(self.name, str(error)) from error
         self._started = True
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages that are not what their copies are, or of whose copies nobody has told.
 
         :raise SourceError: a file cannot be asked
@@ -64,11 +64,11 @@ class ContentHash:
         except (OSError, RamError) as error:
             raise SourceError(self.name, str(error)) from error
 
-    def _look(self) -> dict[str, DirtyBitmap]:
-        return {
-            block.name: self.copies.differing(block.name, DirtyBitmap.full(block.npages))
-            for block in self._blocks
-        }
+    def _look(self) -> PageSet:
+        everything = PageSet.full(self._blocks)
+        return PageSet(
+            self._blocks, {n: self.copies.differing(n, pages) for n, pages in everything.items()}
+        )
 
     def stop(self) -> None:
         """Let go of the files. May be called again."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import RamError, SourceError
 from tracker.memory.extents import data_pages
 from tracker.memory.pages import zero_pages
@@ -27,7 +28,7 @@ from tracker.syscalls import was_modified, watch_modifications
 class Holes:
     """Pages that held data at one look and are holes at the next.
 
-    :ivar data: for each block, the pages that held data at the last look. Whoever reads the blocks
+    :ivar data: the pages that held data at the last look. Whoever reads the blocks
         has to leave the others alone: reading a hole through a mapping fills it.
     """
 
@@ -45,7 +46,7 @@ class Holes:
         self._reads = reads
         self._fds: dict[str, int] = {}
         self._watcher = -1
-        self.data: dict[str, DirtyBitmap] = {}
+        self.data = PageSet.empty(blocks)
 
     def start(self) -> None:
         """Look for the first time.
@@ -56,13 +57,12 @@ class Holes:
             for block in self._blocks:
                 self._fds[block.name] = open_file(self._pid, block)
             self._watcher = watch_modifications(list(self._fds.values()))
-            for block in self._blocks:
-                self.data[block.name] = data_pages(self._pid, block, self._fds[block.name])
+            self.data = self._look()
         except (OSError, RamError) as error:
             self.stop()
             raise SourceError(self.name, str(error)) from error
 
-    def collect(self, written: Mapping[str, DirtyBitmap] | None = None) -> dict[str, DirtyBitmap]:
+    def collect(self, written: PageSet | None = None) -> PageSet:
         """Pages that were discarded since the last call.
 
         These are the pages that became holes. If any page was discarded at all, they are also those
@@ -74,43 +74,49 @@ class Holes:
         is not needed where no file was modified: what holds data now held it before, or was written
         since. (Or was read, and is zeros as it was before.)
 
-        :param written: all pages written since the last call, by block, reported *before* this
+        :param written: all pages written since the last call, reported *before* this
             call; a look is then taken only if a file was modified
         :raise SourceError: a file could not be asked
         """
         modified = self._modified()
-        discarded = {}
-        for block in self._blocks:
-            before = self.data[block.name]
-            if written is not None and not modified:
-                self.data[block.name] = before | written[block.name]
-                discarded[block.name] = DirtyBitmap.empty(block.npages)
-                continue
-            try:
-                now = data_pages(self._pid, block, self._fds[block.name])
-            except (OSError, RamError) as error:
-                raise SourceError(self.name, str(error)) from error
-            self.data[block.name] = now
-            discarded[block.name] = before.minus(now)
-            if modified and self._reads:
-                kept = before.minus(discarded[block.name])
-                if written is not None:
-                    kept = kept.minus(written[block.name])
-                discarded[block.name] |= self._zeros(block, kept)
+        before = self.data
+        if written is not None and not modified:
+            self.data = before | written
+            return PageSet.empty(self._blocks)
+        try:
+            self.data = self._look()
+        except (OSError, RamError) as error:
+            raise SourceError(self.name, str(error)) from error
+        discarded = before - self.data
+        if modified and self._reads:
+            kept = before & self.data
+            if written is not None:
+                kept -= written
+            for block in self._blocks:
+                discarded[block.name].add(self._zeros(block, kept[block.name]))
         return discarded
 
-    def data_without_process(self) -> dict[str, DirtyBitmap]:
+    def _look(self) -> PageSet:
+        return PageSet(
+            self._blocks,
+            {b.name: data_pages(self._pid, b, self._fds[b.name]) for b in self._blocks},
+        )
+
+    def data_without_process(self) -> PageSet:
         """Pages that hold data now, where the process has ended; all of those of hugetlbfs.
 
         :raise SourceError: a file does not tell its holes
         """
         try:
-            self.data = {
-                block.name: DirtyBitmap.full(block.npages)
-                if block.is_hugetlb
-                else data_pages(self._pid, block, self._fds[block.name])
-                for block in self._blocks
-            }
+            self.data = PageSet(
+                self._blocks,
+                {
+                    block.name: DirtyBitmap.full(block.npages)
+                    if block.is_hugetlb
+                    else data_pages(self._pid, block, self._fds[block.name])
+                    for block in self._blocks
+                },
+            )
         except (OSError, RamError) as error:
             raise SourceError(self.name, str(error)) from error
         return self.data

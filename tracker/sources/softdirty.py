@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from tracker.abi import pagemap
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import InjectionError, NotTracking, RamError, SourceError
 from tracker.inject.frozen import frozen
 from tracker.memory.extents import data_pages
@@ -102,7 +103,7 @@ class SoftDirty:
         if "[force]" in _text(SHMEM_HUGE):
             raise NotTracking(self.name, f"{SHMEM_HUGE} is force: pages lose their bits")
 
-    def collect(self) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages written since the last call, whose bits are taken away.
 
         The process stands still for as long as that takes.
@@ -115,7 +116,9 @@ class SoftDirty:
                 found = [entries(self._pagemap, b.hva, b.npages) for b in self._blocks]
                 clear_soft_dirty(self._clear)
             pairs = zip(self._blocks, found, strict=True)
-            return {block.name: self._dirty(block, bits) for block, bits in pairs}
+            return PageSet(
+                self._blocks, {block.name: self._dirty(block, bits) for block, bits in pairs}
+            )
         except (OSError, RamError) as error:
             raise SourceError(self.name, str(error)) from error
         except InjectionError as error:
@@ -126,7 +129,7 @@ class SoftDirty:
         dirty = _bitmap(mapped & ((bits & _DIRTY) != 0))
         if not mapped.all():
             unmapped = data_pages(self._pid, block, self._fds[block.name])
-            dirty |= unmapped.minus(_bitmap(mapped))
+            dirty |= unmapped - _bitmap(mapped)
         return dirty
 
     def stop(self) -> None:

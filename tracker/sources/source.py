@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 
 class DirtySource(Protocol):
@@ -42,8 +42,8 @@ class DirtySource(Protocol):
             :class:`~tracker.errors.TrackerError` as well
         """
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        """Pages written since the last collect, or since :meth:`start`, by name of RAM block.
+    def collect(self) -> PageSet:
+        """Pages written since the last collect, or since :meth:`start`.
 
         The caller must read the pages' content after this call, never before it: a write that
         comes too late for this call is in the next one.
@@ -51,8 +51,8 @@ class DirtySource(Protocol):
         A collected bit is owed. It is gone from the source, so that the caller has to keep it,
         OR-ed into what later calls report, until the page has been delivered.
 
-        :return: a bitmap for *every* block that was given to the source, with one bit for each
-            page of it, also where nothing was written; the caller's to keep and to change
+        :return: pages of *every* block that was given to the source; the caller's to keep and to
+            change
         :raise SourceError: the source cannot tell. Never an empty bitmap instead: whoever does not
             know either reports every page, or raises. Bits that were consumed before the failure
             are lost: treat every page as written, or give up.

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tracker.abi import pagemap, userfaultfd
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.history import find_spans
+from tracker.bits.pageset import PageSet
 from tracker.errors import SourceError
 from tracker.inject.acquire import acquire_userfaultfd
 from tracker.memory.ram import RamBlock
@@ -34,9 +35,6 @@ FEATURES = (
 )
 _REGIONS = 65536  # 1.5 MiB of vector; the kernel itself works in batches of 512
 _SPANS = 1024  # a call each, of some microseconds
-
-Leave = Callable[[Mapping[str, DirtyBitmap]], Mapping[str, DirtyBitmap]]
-"""Of the pages that were written, by block, those that need not be protected again."""
 
 
 class UffdAsync:
@@ -55,7 +53,7 @@ class UffdAsync:
         self._uffd = -1
         self._pagemap = -1
         self._regions = np.zeros((_REGIONS, 3), dtype=np.uint64)
-        self._given_up = {block.name: DirtyBitmap.empty(block.npages) for block in blocks}
+        self._given_up = PageSet.empty(blocks)
 
     def start(self) -> None:
         """Register all blocks and protect every page of theirs.
@@ -92,13 +90,13 @@ class UffdAsync:
             )
             raise SourceError(self.name, f"cannot register {block.name!r}: {reason}") from error
 
-    def give_up(self, spans: Mapping[str, DirtyBitmap]) -> None:
+    def give_up(self, spans: PageSet) -> None:
         """Let go of some pages: another userfaultfd may have them.
 
         Nothing is told of what is written to them from the last :meth:`collect` on. Whoever tracks
         them next has to count all of them as written, *after* it has protected them.
 
-        :param spans: by block; each run of pages costs the process a mapping or two
+        :param spans: each run of pages costs the process a mapping or two
         :raise SourceError: the memory is gone: nothing is known of any page
         """
         for block, start, nbytes in self._runs(spans):
@@ -106,16 +104,14 @@ class UffdAsync:
                 uffd_unregister(self._uffd, start, nbytes)
             except OSError as error:
                 raise SourceError(self.name, f"letting go of {block.name!r}: {error}") from error
-        for name, pages in spans.items():
-            self._given_up[name] = self._given_up[name] | pages
+        self._given_up |= spans
 
-    def take_back(self, spans: Mapping[str, DirtyBitmap]) -> None:
+    def take_back(self, spans: PageSet) -> None:
         """Track pages again that were given up, and nobody else tracks any more.
 
         From the return of this call on, every write is in some :meth:`collect`. What was written
         before is not: count all of them as written.
 
-        :param spans: by block
         :raise SourceError: they cannot be registered: nothing is known of any page
         """
         for block, start, nbytes in self._runs(spans):
@@ -123,38 +119,53 @@ class UffdAsync:
             first = (start - block.hva) // block.page_size
             written = DirtyBitmap.empty(block.npages)  # as everything that is not protected
             self._scan_into(written, block, first, first + nbytes // block.page_size)
-        for name, pages in spans.items():
-            self._given_up[name] = self._given_up[name].minus(pages)
+        self._given_up -= spans
 
-    def _runs(self, spans: Mapping[str, DirtyBitmap]) -> Iterator[tuple[RamBlock, int, int]]:
+    def _runs(self, spans: PageSet) -> Iterator[tuple[RamBlock, int, int]]:
         """Address and bytes of each run of pages."""
         for block in self._blocks:
             for first, npages in zip(*spans[block.name].runs(), strict=True):
                 address = block.hva + int(first) * block.page_size
                 yield block, address, int(npages) * block.page_size
 
-    def collect(self, leave: Leave | None = None) -> dict[str, DirtyBitmap]:
+    def collect(self) -> PageSet:
         """Pages written since the last call, which are protected again; none that was given up.
 
-        :param leave: asked which of them to leave unprotected. Their writer pays no more faults,
-            and nothing is learned about them: they are in each call's result until they are
-            protected. It is an offer: where they alternate with many others, all are protected. The
-            caller owes them until it has sent them after a call that did not leave them.
         :raise SourceError: the scan failed or stood still: nothing is known of any page
         """
-        if leave is None:
-            return {block.name: self._scan(block) for block in self._blocks}
-        written = {block.name: self._scan(block, protect=False) for block in self._blocks}
-        left = leave(written)
+        return PageSet(self._blocks, {block.name: self._scan(block) for block in self._blocks})
+
+    def scan(self) -> PageSet:
+        """Pages written since the last collection, to be given to :meth:`protect` at once.
+
+        They are not protected yet: the time until then is part of this collection.
+
+        :raise SourceError: see :meth:`collect`
+        """
+        return PageSet(
+            self._blocks, {block.name: self._scan(block, protect=False) for block in self._blocks}
+        )
+
+    def protect(self, written: PageSet, left: PageSet) -> None:
+        """End the collection that :meth:`scan` began: protect the pages, but some.
+
+        The writers of those that are left pay no more faults, and nothing is learned about them:
+        they are in each collection until they are protected. It is an offer: where they alternate
+        with many others, all are protected. The caller owes them until it has sent them after a
+        collection that did not leave them.
+
+        :param written: what :meth:`scan` returned; added to it is what was written since
+        :param left: of these, pages to leave unprotected
+        :raise SourceError: see :meth:`collect`
+        """
         for block in self._blocks:
             self._protect(block, written[block.name], left[block.name])
-        return written
 
     def _protect(self, block: RamBlock, written: DirtyBitmap, left: DirtyBitmap) -> None:
         """Protect what was written but is not left; add what is found to be written by then."""
         starts, stops = np.empty((2, _SPANS), np.int64)
         barred = left | self._given_up[block.name]
-        n = find_spans(written.minus(barred).words, barred.words, starts, stops)
+        n = find_spans((written - barred).words, barred.words, starts, stops)
         spans = zip(starts[:n].tolist(), stops[:n].tolist(), strict=True)
         for start, stop in spans if n <= _SPANS else self._kept(block):
             self._scan_into(written, block, start, stop)

@@ -22,7 +22,10 @@ from migrator.policy.judge import Limits, PolicyName
 from migrator.policy.policies import policy_of
 from migrator.report.report import Report, Round
 from migrator.watch.trace import Block, Header, Record, Trace, Writer
+from tests.pagesets import page_set
+from tests.profiles import examples
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 PAGE = 4096
 NPAGES = 16_384
@@ -44,8 +47,8 @@ def walked(pages: int, pages_per_s: float, seconds: float = 4.0, every_s: float 
     data, zeros = DirtyBitmap.empty(NPAGES), DirtyBitmap.empty(NPAGES)
     data.set_range(0, NPAGES // 2)
     zeros.set_range(NPAGES // 4, NPAGES // 2)
-    zeros = zeros.minus(DirtyBitmap.from_pages(NPAGES, np.arange(pages)))
-    return Trace(HEADER, {"ram": data}, {"ram": zeros}, tuple(records))
+    zeros = zeros - DirtyBitmap.from_pages(NPAGES, np.arange(pages))
+    return Trace(HEADER, page_set({"ram": data}), page_set({"ram": zeros}), tuple(records))
 
 
 def write(path: Path, trace: Trace) -> None:
@@ -53,7 +56,7 @@ def write(path: Path, trace: Trace) -> None:
         writer = Writer(file, trace.header, trace.data, trace.zeros)
         for record in trace.records:
             pages = DirtyBitmap.from_pages(NPAGES, list(record.written["ram"]))
-            writer.append(record.until_s, {"ram": pages})
+            writer.append(record.until_s, page_set({"ram": pages}))
 
 
 def run(
@@ -85,8 +88,8 @@ def test_every_write_of_a_time_is_in_one_of_its_parts(
     middle, end = start + first, start + first + then
     whole = guest.written(start, end)["ram"]
     parts = guest.written(start, middle)["ram"] | guest.written(middle, end)["ram"]
-    assert whole.minus(parts).count() <= 1  # rounding, at a page's very moment
-    assert parts.minus(whole).count() <= 1
+    assert (whole - parts).count() <= 1  # rounding, at a page's very moment
+    assert (parts - whole).count() <= 1
 
 
 @pytest.mark.parametrize("seconds", [0.004, 0.02, 0.05, 0.13])
@@ -120,8 +123,8 @@ def test_more_memory_is_tiled(times: float) -> None:
 
 def test_blocks_of_no_whole_words_are_tiled_too() -> None:
     header = Header((Block("ram", 70 * PAGE, PAGE),), 0.05, "uffd", "7.2.0")
-    data = {"ram": DirtyBitmap.from_pages(70, [0, 3, 69])}
-    none = {"ram": DirtyBitmap.empty(70)}
+    data = page_set({"ram": DirtyBitmap.from_pages(70, [0, 3, 69])})
+    none = page_set({"ram": DirtyBitmap.empty(70)})
     large = Replay(Trace(header, data, none, (Record(1.0, {"ram": BitMap([69])}),)), 175 * PAGE)
     assert np.flatnonzero(_pages(large.data["ram"])).tolist() == [0, 3, 69, 70, 73, 139, 140, 143]
     assert np.flatnonzero(_pages(large.written(0.0, 5.0)["ram"])).tolist() == [69, 139]
@@ -155,9 +158,9 @@ def test_a_guest_that_does_not_write_costs_its_data_and_the_fixed_times() -> Non
     assert report.phases["copy"] == pytest.approx(report.bytes_sent / MIB * 10)
 
 
-def _half() -> tuple[dict[str, DirtyBitmap], dict[str, DirtyBitmap]]:
+def _half() -> tuple[PageSet, PageSet]:
     trace = walked(0, 0.0, 0.1)
-    return dict(trace.data), dict(trace.zeros)
+    return trace.data, trace.zeros
 
 
 def test_a_walker_over_a_link_as_fast_as_it_is_arithmetic() -> None:
@@ -175,7 +178,7 @@ def test_a_walker_over_a_link_as_fast_as_it_is_arithmetic() -> None:
     assert copy_s > copied
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     st.integers(1, 8000),
     st.sampled_from([100.0, 1e3, 1e4, 1e5]),

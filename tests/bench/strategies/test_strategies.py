@@ -23,6 +23,7 @@ from bench.strategies.watcher import Watcher, WatchingFailed
 from tests.live.qemus import SYSTEM
 from tests.live.tracked import tracked
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 from tracker.sources.pagemap import soft_dirty_missing
 from tracker.sources.uffd import UffdAsync
@@ -121,12 +122,14 @@ class Forgetful:
     def start(self) -> None:
         self._source.start()
 
-    def collect(self) -> dict[str, DirtyBitmap]:
-        ((name, pages),) = self._source.collect().items()
+    def collect(self) -> PageSet:
+        found = self._source.collect()
+        ((name, pages),) = found.items()
         if self._forgotten is None and pages.any():
             first = int(pages.runs()[0][-1])  # the last run's, in the working set
             self._forgotten = DirtyBitmap.from_pages(pages.npages, [first])
-        return {name: pages.minus(self._forgotten) if self._forgotten else pages}
+        rest = pages - self._forgotten if self._forgotten else pages
+        return PageSet(found.blocks, {name: rest})
 
     def stop(self) -> None:
         self._source.stop()

@@ -13,8 +13,8 @@ from tests.lab.inside.devices import Device
 from tests.lab.inside.owned import NPAGES, PAGE, Owned, owned
 from tests.tracker import naive
 from tracker.abi import vfio as abi
-from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
+from tracker.bits.pageset import PageSet
 from tracker.devices.descriptors import Kind, vfio_descriptors
 from tracker.devices.devicelog import DeviceLog, can_log
 from tracker.devices.dma import dma_sources
@@ -52,7 +52,7 @@ def type1(process: Owned, stack: ExitStack, seen: Sequence[GuestRange] = SEEN) -
     return source
 
 
-def pages(report: dict[str, DirtyBitmap]) -> set[int]:
+def pages(report: PageSet) -> set[int]:
     assert report.keys() == {"ram"}
     assert report["ram"].npages == NPAGES
     return naive.pages_of(report["ram"].words)
@@ -91,7 +91,7 @@ def test_only_type1_reports_what_the_device_wrote(
 
     # what a migration would send: the union, of which only what differs. With uffd alone, two
     # pages would be lost.
-    union = merge({"ram": NPAGES}, {"uffd": by_cpu, "vfio": by_device}).bitmaps
+    union = merge(by_cpu.blocks, {"uffd": by_cpu, "vfio": by_device}).dirty
     assert differing(sent, now) <= pages(union)
     assert not differing(sent, now) <= pages(by_cpu)
     sent = now

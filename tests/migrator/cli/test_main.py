@@ -337,7 +337,7 @@ def test_a_configuration_reaches_the_runner(
 def test_defaults_are_those_of_the_configuration() -> None:
     """On the command line, in a file, and in the library."""
     from migrator.config import GuestConfig, MigrationConfig, parse_throttle
-    from migrator.migration.orchestrator import Options
+    from migrator.migration.options import Options
     from migrator.policy.judge import Limits
 
     in_file, in_library = MigrationConfig(), Limits()

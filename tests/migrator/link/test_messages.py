@@ -25,6 +25,7 @@ from migrator.link.messages import (
     parse,
 )
 from migrator.preflight.waiting import Side
+from tests.profiles import examples
 
 KINDS: list[type[Message]] = [Arrived, Go, Greeting, Load, Looked, Open, Parting, Told]
 ROOM = {"filesystem": 1, "size_bytes": 1 << 20, "allocated_bytes": 0, "free_bytes": None}
@@ -66,13 +67,13 @@ def parsed_or_refused(kind: type[Message], said: object) -> Message | None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(said=st.one_of(_JUNK, st.dictionaries(st.sampled_from(_KEYS), _JUNK)))
 def test_junk(kind: type[Message], said: object) -> None:
     parsed_or_refused(kind, said)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(key=st.sampled_from(sorted(SIDE)), junk=_JUNK, inside=st.booleans())
 def test_a_side_with_one_wrong_member(key: str, junk: object, inside: bool) -> None:
     """One that is accepted can be made a side of, whose blocks are whole pages."""

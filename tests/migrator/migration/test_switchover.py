@@ -16,6 +16,7 @@ from migrator.errors import CommandFailed, QmpUnreachable, Undecided, VmError
 from migrator.migration.budget import Budget
 from migrator.migration.destination import LocalDestination
 from migrator.migration.guard import Guard
+from migrator.migration.lastrounds import LastRounds
 from migrator.migration.switchover import Switchover
 from migrator.preflight.plan import Plan
 from migrator.qemu.qmp import Event, MemoryBackend, Qmp
@@ -184,32 +185,28 @@ class Rig:
             Plan((block,), (block,), was_running, 1000, (backend,), stop_first=stop_first),
             self.phases,
             cast(Guard, GuardLog(self.log)),
-            ease=self._ease,
-            collect_and_send=self._collect_and_send,
-            compare_and_send=self._compare_and_send,
-            devices_stand=self._devices_stand,
-            verify=self._verify,
+            cast(LastRounds, self),
         )
         if not was_running:
             self.source.state = "paused"
         self.fails: dict[str, Exception] = {}
 
-    async def _collect_and_send(self, collecting: Phase, sending: Phase) -> int:
+    async def collect_and_send(self, collecting: Phase, sending: Phase) -> int:
         self._step(f"collect in {collecting.value}, send in {sending.value}")
         if self.phases.current is not sending:
             self.phases.enter(sending)
         return 0
 
-    async def _compare_and_send(self) -> None:
+    async def compare_and_send(self) -> None:
         self._step("compare and send")
 
-    async def _ease(self) -> None:
+    async def ease(self) -> None:
         self._step("ease")
 
-    async def _devices_stand(self) -> None:
+    async def devices_stand(self) -> None:
         self._step("devices stand")
 
-    async def _verify(self) -> None:
+    async def verify(self) -> None:
         self._step("verify")
 
     def _step(self, name: str) -> None:

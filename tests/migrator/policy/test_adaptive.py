@@ -14,6 +14,7 @@ from migrator.policy.downtime import Fixed
 from migrator.policy.judge import Hot, Limits, Observation, OnLimit, Verdict
 from migrator.policy.policies import policy_of
 from tests.migrator.simulated import PAGE, Walker, simulate
+from tests.profiles import examples
 
 MB = 1_000_000
 FIXED = Fixed(prepare_ms=40.0, stop_ms=20.0, device_state_ms=0.0, load_ms=0.0, resume_ms=0.0)
@@ -196,7 +197,7 @@ downtimes = st.sampled_from([15.0, 30.0, 200.0])
 speeds = st.sampled_from([0.1, 1.0, 10.0])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(guests(st.just(1e9)), downtimes, speeds)
 @example([Walker(0, 16_000, 1e7)], 200.0, 1.0)
 def test_not_worse_than_sending_all_by_what_would_be_worth_a_round(
@@ -212,7 +213,7 @@ def test_not_worse_than_sending_all_by_what_would_be_worth_a_round(
     assert more_ms <= max(2.0, 0.1 * adaptive.decision.expected_downtime_ms)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(guests(st.sampled_from([0.01, 0.03, 0.1, 0.3, 1e9])), downtimes, speeds)
 def test_it_ends_and_keeps_within_the_limits(
     walkers: list[Walker], downtime_ms: float, speed: float

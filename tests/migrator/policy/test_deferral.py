@@ -7,21 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrator.policy.deferral import Choice, Heat, hottest, room
+from migrator.policy.deferral import Choice, Chosen, Heat, hottest, room
+from tests.pagesets import block
 from tests.tracker import naive
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 NPAGES = {"small": 130, "huge": 5}
 SIZES = {"small": 4096, "huge": 3 * 4096}
+BLOCKS = [block(name, n, SIZES[name]) for name, n in NPAGES.items()]
 
 Looks = list[dict[str, set[int]]]
 
 
-def bitmaps(pages: dict[str, set[int]]) -> dict[str, DirtyBitmap]:
-    return {name: DirtyBitmap.from_pages(NPAGES[name], sorted(pages[name])) for name in NPAGES}
+def bitmaps(pages: dict[str, set[int]]) -> PageSet:
+    return PageSet(BLOCKS, {n: DirtyBitmap.from_pages(NPAGES[n], sorted(pages[n])) for n in NPAGES})
 
 
-def sets(found: dict[str, DirtyBitmap]) -> dict[str, set[int]]:
+def sets(found: PageSet) -> dict[str, set[int]]:
     return {name: naive.pages_of(pages.words) for name, pages in found.items()}
 
 
@@ -34,7 +37,7 @@ looks = st.lists(
 
 def heat_after(past: Looks) -> Heat:
     """After looks that were a second apart, and left nothing."""
-    heat = Heat(NPAGES, SIZES)
+    heat = Heat(BLOCKS)
     for written in past:
         heat.look(bitmaps(written), 1.0)
     return heat
@@ -81,8 +84,8 @@ def test_nothing_waits_if_too_little_of_the_sample_is_written_still(
     """And then a page has to be written in one look more before it may."""
     every = {"small": set(range(100)), "huge": set[int]()}
     left = {"small": set(range(90)), "huge": set[int]()}
-    heat = heat_after([every])
-    heat.leave(bitmaps(every), bitmaps(left))
+    heat = Heat(BLOCKS)
+    heat.look(bitmaps(every), 1.0, Chosen(bitmaps(every), bitmaps(left)))
     some = {"small": set(range(90 + still)), "huge": set[int]()}
     assert heat.again(bitmaps(some)) == (10 * 4096, still * 4096)
     assert sets(heat.hot(bitmaps(some), 1 << 30))["small"] == (some["small"] if waits else set())
@@ -95,11 +98,11 @@ def test_nothing_waits_if_too_little_of_the_sample_is_written_still(
 
 def test_each_page_is_in_the_sample_once_in_so_many_looks() -> None:
     npages = 64 * 80
-    heat = Heat({"ram": npages}, {"ram": 4096})
-    full = {"ram": DirtyBitmap.full(npages)}
+    full = PageSet.full([block("ram", npages)])
+    heat = Heat(full.blocks)
     asked = np.zeros(npages, int)
     for _ in range(16):
-        sample = full["ram"].minus(heat.unasked(full)["ram"])
+        sample = full["ram"] - heat.unasked(full)["ram"]
         assert 0 < sample.count() <= npages // 10
         asked[sorted(naive.pages_of(sample.words))] += 1
         heat.look(full, 1.0)
@@ -127,7 +130,7 @@ def test_a_part_of_an_interval_counts_in_part_unless_it_is_the_last() -> None:
     assert heat.lately(0.25) == (2 * 4096, 1.0)
     assert heat.lately(1.0) == (2 * 4096, 1.0)
     assert heat.lately(1.5) == ((2 + 6 / 2) * 4096, 1.5)
-    assert Heat(NPAGES, SIZES).lately(1.0) == (0.0, 0.0)
+    assert Heat(BLOCKS).lately(1.0) == (0.0, 0.0)
 
 
 def counts(**pages: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -16,6 +16,7 @@ from migrator.policy.judge import Decision, Limits, Observation, PolicyName, Ver
 from migrator.policy.policies import policy_of
 from migrator.policy.throttling import AUTO, Throttling, slowed_alike, slowed_for_s
 from tests.migrator.simulated import PAGE, Outcome, Walker, simulate
+from tests.profiles import examples
 
 MB = 1_000_000
 LIMITS = Limits(downtime_ms=100.0, max_rounds=60, max_seconds=60.0)
@@ -195,7 +196,7 @@ walkers = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(
     st.lists(walkers, min_size=1, max_size=3),
     st.sampled_from([0, 30, 90, AUTO]),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from migrator.report.account import Account
+from migrator.migration.account import Account
 from migrator.report.dirtymap import REGIONS, Recorder
 from migrator.report.phases import Phase
-from migrator.report.report import DirtyMap, Round
+from migrator.report.report import DirtyMap
 from tests.tracker import naive
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 HUGE = 2 << 20
@@ -29,8 +30,10 @@ def some(seed: int) -> dict[str, set[int]]:
     }
 
 
-def bitmaps(pages: dict[str, set[int]]) -> dict[str, DirtyBitmap]:
-    return {name: DirtyBitmap.from_pages(NPAGES[name], sorted(of)) for name, of in pages.items()}
+def bitmaps(pages: dict[str, set[int]]) -> PageSet:
+    return PageSet(
+        BLOCKS, {n: DirtyBitmap.from_pages(NPAGES[n], sorted(of)) for n, of in pages.items()}
+    )
 
 
 def oracle(drawn: DirtyMap, pages: dict[str, set[int]]) -> list[int]:
@@ -89,7 +92,7 @@ def test_many_rounds_take_no_more_room_and_hide_nothing(rounds: int) -> None:
 
 def test_nothing_is_counted_while_the_guest_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    account = Account()
+    account, none = Account(), PageSet.empty(BLOCKS)
     account.of(BLOCKS, dirty_map=True)
 
     def by_region(pages: DirtyBitmap, regions: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -98,11 +101,11 @@ def test_nothing_is_counted_while_the_guest_stands(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("tracker.bits.regions.by_region", by_region)
     account.phases.enter(Phase.ROUNDS)
-    account.begin(Round(1, {}, {}, 0))
+    account.begin_by_comparison(none, none)
     account.note_dirty(bitmaps(some(1)))
     assert counted == [3, 192]
     account.phases.enter(Phase.FINAL_COLLECT)
-    account.begin(Round(2, {}, {}, 0))
+    account.begin_by_comparison(none, none)
     account.note_dirty(bitmaps(some(2)))
     assert counted == [3, 192]
     account.phases.enter(Phase.FINISH)

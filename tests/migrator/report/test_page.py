@@ -21,6 +21,7 @@ from migrator.report.dirtymap import Recorder
 from migrator.report.page import memory, migration, spans
 from migrator.report.report import DirtyMap, MappedBlock, MapRow, Report, Round
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.memory.ram import RamBlock
 
 MIB = 1 << 20
@@ -94,7 +95,8 @@ def recorded(rounds: int) -> DirtyMap:
     for number in range(1, rounds + 1):
         first = 64 * number % BLOCK.npages
         pages = DirtyBitmap.from_pages(BLOCK.npages, list(range(first, first + 64)))
-        recorder.note(number, number / 10, {"ram": pages}, later=number >= rounds - 1)
+        found = PageSet([BLOCK], {"ram": pages})
+        recorder.note(number, number / 10, found, later=number >= rounds - 1)
     return recorder.dirty_map()
 
 
@@ -230,7 +232,8 @@ def test_a_long_migration_is_a_page_of_the_same_size() -> None:
     recorder = Recorder([BLOCK])
     for n in range(1, 5000):
         pages = np.flatnonzero(chooser.random(BLOCK.npages) < 0.3)
-        recorder.note(n, n, {"ram": DirtyBitmap.from_pages(BLOCK.npages, pages)}, later=False)
+        found = DirtyBitmap.from_pages(BLOCK.npages, pages)
+        recorder.note(n, n, PageSet([BLOCK], {"ram": found}), later=False)
     report = replace(
         COMPLETED,
         rounds=many,

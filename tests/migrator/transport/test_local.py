@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 
 from migrator.transport import Comparison, Sent, local
 from migrator.transport.local import LocalCopy
+from tests.pagesets import page_set
+from tests.profiles import examples
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Ram, disk_directory, shm_directory, small_tmpfs
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import RamError
 
 NPAGES = 200
@@ -52,15 +55,15 @@ class Sides:
         return naive.differing(self.source.content(), self.destination.content(), PAGE)
 
 
-def everything(npages: int = NPAGES) -> dict[str, DirtyBitmap]:
-    return {"ram": DirtyBitmap.full(npages)}
+def everything(npages: int = NPAGES) -> PageSet:
+    return page_set({"ram": DirtyBitmap.full(npages)})
 
 
-def pages(*numbers: int, npages: int = NPAGES) -> dict[str, DirtyBitmap]:
-    return {"ram": DirtyBitmap.from_pages(npages, list(numbers))}
+def pages(*numbers: int, npages: int = NPAGES) -> PageSet:
+    return page_set({"ram": DirtyBitmap.from_pages(npages, list(numbers))})
 
 
-def data_of(ram: Ram) -> dict[str, DirtyBitmap]:
+def data_of(ram: Ram) -> PageSet:
     with ram.path.open("rb") as file:
         return pages(*naive.data(file.fileno(), ram.npages, PAGE), npages=ram.npages)
 
@@ -82,7 +85,7 @@ async def opened(sides: Sides) -> LocalCopy:
 
 def send(
     sides: Sides,
-    dirty: dict[str, DirtyBitmap] | None = None,
+    dirty: PageSet | None = None,
     *,
     once_open: Callable[[], None] = lambda: None,
 ) -> Sent:
@@ -145,7 +148,7 @@ def test_everything_to_an_empty_destination(sides: Sides) -> None:
     sent = send(sides)
     assert sides.differing() == set()
     assert (sent.pages, sent.zero_pages, sent.bytes) == (NPAGES, NPAGES - 5, 5 * PAGE)
-    assert (sent.undelivered, sent.error) == ({}, None)
+    assert (sent.undelivered, sent.error) == (None, None)
 
 
 def test_holes_take_no_memory_at_the_destination(on_tmpfs: Sides) -> None:
@@ -199,7 +202,7 @@ def test_round_after_round_against_a_model() -> None:
         both = Sides(directory / "source", directory / "destination", npages=71)
         try:
 
-            @settings(deadline=None, max_examples=60)
+            @settings(deadline=None, max_examples=examples(60))
             @given(rounds, rounds, st.randoms(use_true_random=False))
             def check(
                 source: list[dict[int, str]], destination: list[dict[int, str]], choose: Any
@@ -264,8 +267,8 @@ def test_several_blocks(on_tmpfs: Sides) -> None:
 
         async def body() -> tuple[Sent, Comparison]:
             await both.open()
-            dirty = {**everything(), "more": DirtyBitmap.full(3)}
-            data = {**data_of(on_tmpfs.source), "more": DirtyBitmap.from_pages(3, [0, 2])}
+            dirty = page_set({**everything(), "more": DirtyBitmap.full(3)})
+            data = page_set({**data_of(on_tmpfs.source), "more": DirtyBitmap.from_pages(3, [0, 2])})
             try:
                 sent = await both.send(dirty, data)
                 more[1].write(1, b"x")
@@ -341,8 +344,7 @@ def test_a_destination_that_is_full(tmp_path: Path) -> None:
                     both.source.punch(page)
             both.source.punch(NPAGES // 8, NPAGES - NPAGES // 8)
             both.destination.punch(0, NPAGES)
-            again = {"ram": sent.undelivered["ram"] | again["ram"]}
-            sent = send(both, again)
+            sent = send(both, sent.undelivered | again)
             assert sent.error is None
             assert both.differing() == set()
         finally:
@@ -358,6 +360,7 @@ def send_again_after_an_error(source: str, destination: str) -> None:
             put(both.source, {page: noise(page) for page in range(NPAGES)})
             failed = await transport.send(everything(), data_of(both.source))
             assert failed.error is not None
+            assert failed.undelivered is not None
             both.source.punch(2, NPAGES - 2)
             sent = await transport.send(failed.undelivered, data_of(both.source))
             assert sent.error is None
@@ -501,7 +504,7 @@ def test_a_single_byte(on_tmpfs: Sides, side: str) -> None:
     asyncio.run(body())
 
 
-def changed(sides: Sides, asked: dict[str, DirtyBitmap]) -> set[int]:
+def changed(sides: Sides, asked: PageSet) -> set[int]:
     """What differs of the pages that are asked about, after everything was sent."""
 
     async def body() -> set[int]:

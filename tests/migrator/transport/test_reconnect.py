@@ -16,6 +16,7 @@ from migrator.transport.arrivals import Arrivals, Target
 from migrator.transport.runs import UNITS_PER_FRAME
 from migrator.transport.stream import StreamCopy
 from tests.migrator.transport.test_local import Sides, noise
+from tests.pagesets import page_set
 from tests.tracker.mapper import shm_directory
 from tracker.bits.bitmap import DirtyBitmap
 
@@ -135,9 +136,9 @@ def lost(sides: Sides, frames: Sequence[int | None], lost_answers: Sequence[int]
             for number, answers in enumerate(lost_answers):
                 wire.frames = frames[number + 1]  # of the connections that are made again
                 wire.lost_answers = answers
-                sent = await copy.send({"ram": owed}, {"ram": everything})
+                sent = await copy.send(page_set({"ram": owed}), page_set({"ram": everything}))
                 assert sent.error is None
-                owed = sent.undelivered.get("ram", DirtyBitmap.empty(NPAGES))
+                owed = sent.undelivered["ram"] if sent.undelivered else DirtyBitmap.empty(NPAGES)
         finally:
             await copy.close()
             wire.close()

@@ -23,9 +23,11 @@ from migrator.transport.arrivals import Target
 from migrator.transport.stream import StreamCopy
 from tests.live.conftest import hugetlbfs  # noqa: F401 (a fixture)
 from tests.migrator.streaming import LOOPBACK, NEVER, Cut, Hosts, Side, connected
+from tests.pagesets import page_set
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, shm_directory, small_tmpfs
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 _T = TypeVar("_T")
 ODD = 512 * 2 + 64 + 7
@@ -103,7 +105,7 @@ def test_everything_arrives(
         async with connected(shm, SIZES, keys=secure, prepare=scatter, **link) as hosts:
             allocated = {n: ram.allocated() for n, ram in hosts.source.rams.items()}
             sent = await hosts.copy.send(hosts.source.full(), hosts.source.data())
-            assert (sent.error, sent.undelivered, sent.reconnected) == (None, {}, False)
+            assert (sent.error, sent.undelivered, sent.reconnected) == (None, None, False)
             assert hosts.differing() == NOTHING
             assert sent.pages == sum(SIZES.values()) == hosts.copy.sent_pages
             assert sent.bytes == (sent.pages - sent.zero_pages) * PAGE
@@ -142,7 +144,7 @@ def test_only_what_is_dirty_is_touched(shm: Path) -> None:
 def test_nothing_to_send_is_acknowledged_too(shm: Path) -> None:
     async def body() -> None:
         async with connected(shm, SIZES) as hosts:
-            assert await hosts.copy.send(hosts.source.pages({}), {**hosts.source.data()}) == Sent()
+            assert await hosts.copy.send(hosts.source.pages({}), hosts.source.data()) == Sent()
 
     run(body)
 
@@ -232,8 +234,8 @@ def test_huge_pages(hugetlbfs: Path, compress: str) -> None:  # noqa: F811
             write(side, 2, 0, 8, 512)
         write(destination, 2, 100, 0)
 
-    def some(*pages: int) -> dict[str, DirtyBitmap]:
-        return {"ram": DirtyBitmap.from_pages(4, list(pages))}
+    def some(*pages: int) -> PageSet:
+        return page_set({"ram": DirtyBitmap.from_pages(4, list(pages))}, 2 << 20)
 
     async def body() -> None:
         async with connected(
@@ -271,22 +273,24 @@ FRAME = (
 BIG = {"ram": 256 * 24 + 7}
 
 
-def pages_in(bitmaps: dict[str, DirtyBitmap]) -> dict[str, set[int]]:
+def pages_in(bitmaps: PageSet | None) -> dict[str, set[int]]:
+    assert bitmaps is not None
     return {name: naive.pages_of(bitmap.words) for name, bitmap in bitmaps.items()}
 
 
 async def check_undelivered(hosts: Hosts, sent: Sent) -> set[int]:
     """Nothing is missing at the destination but what is said to be; return that."""
     assert sent.error is None
-    missing = pages_in(sent.undelivered).get("ram", set())
+    missing = pages_in(sent.undelivered)["ram"] if sent.undelivered is not None else set()
     assert hosts.differing()["ram"] <= missing
     return missing
 
 
 async def deliver(hosts: Hosts, sent: Sent) -> None:
     """What was undelivered arrives with the next sending."""
+    assert sent.undelivered is not None
     again = await hosts.copy.send(sent.undelivered, hosts.source.data())
-    assert (again.error, again.undelivered) == (None, {})
+    assert (again.error, again.undelivered) == (None, None)
     assert hosts.differing() == {"ram": set()}
 
 
@@ -341,7 +345,7 @@ def test_cut_wherever_it_may_be(shm: Path, certified: Path, streams: int, secure
                 owed = hosts.source.pages({"ram": missing | written})
             hosts.way.cuts = []
             last = await hosts.copy.send(owed, hosts.source.data())
-            while last.undelivered:
+            while last.undelivered is not None:
                 last = await hosts.copy.send(last.undelivered, hosts.source.data())
             assert last.error is None
             assert hosts.differing() == {"ram": set()}
@@ -415,6 +419,7 @@ def test_what_arrived_of_an_earlier_round_is_not_taken_for_this_one(
         ]
         async with connected(shm, BIG, prepare=everywhere, cuts=cuts, streams=1) as hosts:
             first = await hosts.copy.send(hosts.source.full(), hosts.source.data())
+            assert first.undelivered is not None
             again = await hosts.copy.send(first.undelivered, hosts.source.data())
             missing = pages_in(again.undelivered)["ram"]
             assert (hosts.differing()["ram"] <= missing) is remembers

@@ -29,11 +29,12 @@ from migrator.transport.frames import (
     Packing,
 )
 from migrator.transport.runs import RUNS_PER_FRAME, UNIT, UNITS_PER_FRAME
+from tests.profiles import examples
 
-settings.register_profile("wire", deadline=None, derandomize=True, max_examples=1500)
+settings.register_profile("wire", deadline=None, derandomize=True, max_examples=examples(1500))
 SETTINGS = settings.get_profile("wire")
 SEED = 20_000
-MUTATIONS = 25_000
+MUTATIONS = examples(25_000)
 
 NBLOCKS, NUNITS = 3, 200_000
 PEER = "somebody"

@@ -22,7 +22,9 @@ from migrator.watch.trace import (
     read,
     united,
 )
+from tests.pagesets import page_set
 from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 
 BLOCKS = (Block("low", 300 * 4096, 4096), Block("huge", 5 << 21, 2 << 20))
 HEADER = Header(BLOCKS, 0.05, "uffd", "10.0.2", ("not seen: ä",))
@@ -38,8 +40,10 @@ some = st.fixed_dictionaries(
 looks = st.lists(st.tuples(st.floats(1e-6, 10), some), max_size=6)
 
 
-def bitmaps(sets: Sets) -> dict[str, DirtyBitmap]:
-    return {b.name: DirtyBitmap.from_pages(b.npages, sorted(sets[b.name])) for b in BLOCKS}
+def bitmaps(sets: Sets) -> PageSet:
+    return PageSet(
+        BLOCKS, {b.name: DirtyBitmap.from_pages(b.npages, sorted(sets[b.name])) for b in BLOCKS}
+    )
 
 
 def write(path: Path, data: Sets, zeros: Sets, records: list[tuple[float, Sets]]) -> None:
@@ -158,7 +162,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_pages_outside_their_block(tmp_path: Path) -> None:
     path = tmp_path / "outside.trace"
-    larger = {"low": DirtyBitmap.full(301), "huge": DirtyBitmap.empty(5)}
+    larger = page_set({"low": DirtyBitmap.full(301), "huge": DirtyBitmap.empty(5)})
     with path.open("wb") as file:
         Writer(file, HEADER, larger, bitmaps(NONE))
     with pytest.raises(TraceError, match="outside the 300"):

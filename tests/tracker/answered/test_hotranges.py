@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pagesets import page_set
 from tracker.answered.hotranges import hot_ranges
 from tracker.bits.bitmap import DirtyBitmap
 
@@ -16,7 +17,7 @@ def runs(pages: DirtyBitmap) -> list[tuple[int, int]]:
 
 
 def chosen(npages: int, pages: list[int], ranges: int = 64, enough: float = 1.0) -> list:  # type: ignore[type-arg]
-    hot = {"ram": DirtyBitmap.from_pages(npages, pages)}
+    hot = page_set({"ram": DirtyBitmap.from_pages(npages, pages)})
     return runs(hot_ranges(hot, ranges, enough)["ram"])
 
 
@@ -43,11 +44,13 @@ def test_what_lies_apart_is_left_out() -> None:
 
 
 def test_blocks_share_the_ranges() -> None:
-    hot = {
-        "a": DirtyBitmap.from_pages(100, [1, 50, 99]),
-        "b": DirtyBitmap.from_pages(640, [*range(64), *range(128, 256)]),
-        "c": DirtyBitmap.empty(7),
-    }
+    hot = page_set(
+        {
+            "a": DirtyBitmap.from_pages(100, [1, 50, 99]),
+            "b": DirtyBitmap.from_pages(640, [*range(64), *range(128, 256)]),
+            "c": DirtyBitmap.empty(7),
+        }
+    )
     found = hot_ranges(hot, 3, 1.0)
     assert runs(found["a"]) == [(1, 2)]  # the smallest, of which the first
     assert runs(found["b"]) == [(0, 64), (128, 256)]
@@ -63,7 +66,9 @@ def test_blocks_share_the_ranges() -> None:
 def test_few_ranges_and_nearly_all_that_is_hot(
     blocks: list[set[int]], ranges: int, enough: float
 ) -> None:
-    hot = {str(n): DirtyBitmap.from_pages(300, sorted(pages)) for n, pages in enumerate(blocks)}
+    hot = page_set(
+        {str(n): DirtyBitmap.from_pages(300, sorted(pages)) for n, pages in enumerate(blocks)}
+    )
     found = hot_ranges(hot, ranges, enough)
     assert found.keys() == hot.keys()
     assert sum(len(runs(pages)) for pages in found.values()) <= ranges

@@ -96,6 +96,8 @@ import sys
 from tracker.bits import union
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.merge import merge
+from tracker.bits.pageset import PageSet
+from tracker.memory.ram import RamBlock
 
 names = ("unite", "unite_two", "add_repeated")
 def signatures():
@@ -105,11 +107,12 @@ if sys.argv[1] == "warm":
     union.warm_up()
 before = signatures()
 maps = [DirtyBitmap.from_pages(65, [page]) for page in (1, 2, 64)]
-reports = {str(number): {"ram": bitmap} for number, bitmap in enumerate(maps)}
-merge({"ram": 65}, reports)
-merge({"ram": 65}, reports, {"2"})
-merge({"ram": 65}, {"0": reports["0"], "1": reports["1"]})
-merge({"ram": 65}, {"0": reports["0"]})
+blocks = [RamBlock("ram", 65 * 4096, 4096, 0, 0, 0)]
+reports = {str(number): PageSet(blocks, {"ram": bitmap}) for number, bitmap in enumerate(maps)}
+merge(blocks, reports)
+merge(blocks, reports, {"2"})
+merge(blocks, {"0": reports["0"], "1": reports["1"]})
+merge(blocks, {"0": reports["0"]})
 print([name for name, number in signatures().items() if number != before[name]])
 """
 

@@ -199,7 +199,7 @@ regions[0] = 0x7f00_0000_0000, 0x7f00_0000_2000, 1
 a.set_regions(regions, 1, 0x7f00_0000_0000, 4096)
 kernels.set_regions(a.words, regions, 1, 0x7f00_0000_0000, 4096)
 a |= b | c
-a.add(c), a.minus(b).any(), a.count(), a.runs(), a == b, repr(a), a.clear(), a.set_range(1, 3)
+a.add(c), (a - b).any(), a.count(), a.runs(), a == b, repr(a), a.clear(), a.set_range(1, 3)
 compiled = {n: s for n, s in signatures().items() if s != before[n]}
 print(sorted(compiled))
 """

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import require
+from tests.hugepages import huge_pages
+from tests.profiles import examples
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Mapper, Ram, disk_directory, shm_directory
 from tracker.errors import RamError
@@ -62,7 +63,7 @@ def test_at_random() -> None:
         fd = file.fileno()
         block = RamBlock("ram", NPAGES * PAGE, PAGE, 0, 0, 0)
 
-        @settings(deadline=None, max_examples=60)
+        @settings(deadline=None, max_examples=examples(60))
         @given(st.sets(st.integers(0, NPAGES - 1)))
         def check(pages: set[int]) -> None:
             os.ftruncate(fd, 0)
@@ -121,32 +122,11 @@ def test_a_file_that_cannot_be_asked(ram: Ram) -> None:
 HUGE = 2 << 20
 
 
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-
-
 @pytest.fixture
 def pool() -> Iterator[None]:
     """Four huge pages of 2 MiB that are free."""
-
-    def free() -> int:
-        # the reserved ones are others', who have not touched them yet
-        return int((POOL / "free_hugepages").read_text()) - int(
-            (POOL / "resv_hugepages").read_text()
-        )
-
-    require(None if POOL.exists() else "the kernel has no huge pages of 2 MiB")
-    total = POOL / "nr_hugepages"
-    before = int(total.read_text())
-    more = max(0, 4 - free())
-    require("only root may make huge pages" if more and os.geteuid() else None)
-    if more:
-        total.write_text(f"{before + more}")
-    try:
-        require("memory is short of huge pages" if free() < 4 else None)
+    with huge_pages(4):
         yield
-    finally:
-        if more:
-            total.write_text(f"{before}")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import require
 from tracker.answered.uffdsync import UffdSync
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.errors import NotTracking
 from tracker.probe import answering
 from tracker.probe.answering import check_answering
@@ -31,7 +31,7 @@ def test_this_kernel_is_able() -> None:
 
 def test_a_page_that_is_missed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Forgetful(UffdSync):
-        def collect(self) -> dict[str, DirtyBitmap]:
+        def collect(self) -> PageSet:
             found = super().collect()
             found["probe"].words[-1] = 0
             return found
@@ -43,8 +43,8 @@ def test_a_page_that_is_missed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_calling_everything_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Generous(UffdSync):
-        def collect(self) -> dict[str, DirtyBitmap]:
-            return {name: DirtyBitmap.full(b.npages) for name, b in super().collect().items()}
+        def collect(self) -> PageSet:
+            return PageSet.full(super().collect().blocks)
 
     monkeypatch.setattr(answering, "UffdSync", Generous)
     with pytest.raises(NotTracking, match="everything"):

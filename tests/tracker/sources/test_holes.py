@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pagesets import page_set
+from tests.profiles import examples
 from tests.tracker import naive
 from tests.tracker.mapper import PAGE, Ram, disk_directory, shm_directory
 from tracker.bits.bitmap import DirtyBitmap
-from tracker.errors import SourceError
+from tracker.bits.pageset import PageSet
+from tracker.errors import BitmapError, SourceError
 from tracker.sources.holes import Holes
 from tracker.syscalls import watch_modifications
 
@@ -57,7 +60,7 @@ def collected(holes: Holes, written: set[int] | None = None) -> set[int]:
     if written is None:
         report = holes.collect()
     else:
-        report = holes.collect({"ram": DirtyBitmap.from_pages(NPAGES, sorted(written))})
+        report = holes.collect(page_set({"ram": DirtyBitmap.from_pages(NPAGES, sorted(written))}))
     assert report.keys() == {"ram"}
     assert report["ram"].npages == NPAGES
     return naive.pages_of(report["ram"].words)
@@ -166,7 +169,7 @@ def test_a_disk_file_system_counts_blocks_of_its_own(tmp_path: Path, started: St
                 pytest.skip("this file system counts no blocks of its own")
             for n in range(surplus):
                 ram.punch(2 * n)
-            report = holes.collect({"ram": DirtyBitmap.empty(ram.npages)})
+            report = holes.collect(page_set({"ram": DirtyBitmap.empty(ram.npages)}))
             assert report["ram"].count() == surplus
         finally:
             ram.end()
@@ -227,7 +230,7 @@ def test_at_random_against_a_model() -> None:
         ram = Ram(directory / "ram", NPAGES)
         try:
 
-            @settings(deadline=None, max_examples=40)
+            @settings(deadline=None, max_examples=examples(40))
             @given(st.booleans(), st.lists(steps, min_size=1, max_size=4))
             def check(told: bool, rounds: list[list[Step]]) -> None:
                 os.truncate(ram.path, 0)
@@ -291,8 +294,8 @@ def test_a_block_that_the_others_say_nothing_about_is_an_error(
     on_tmpfs: Ram, started: Start
 ) -> None:
     holes = started(on_tmpfs)
-    with pytest.raises(KeyError):
-        holes.collect({})
+    with pytest.raises(BitmapError):
+        holes.collect(PageSet.empty([]))
 
 
 def test_stopping_before_the_start_and_twice(on_tmpfs: Ram) -> None:

@@ -26,7 +26,7 @@ from tests.lab.inside.selftest.mock_iommu import (
     NO_DIRTY,
     MockIommu,
 )
-from tracker.bits.bitmap import DirtyBitmap
+from tracker.bits.pageset import PageSet
 from tracker.devices.descriptors import Kind, vfio_descriptors
 from tracker.devices.ioas import (
     address_spaces,
@@ -106,7 +106,7 @@ def source(
     return one
 
 
-def pages(report: dict[str, DirtyBitmap]) -> set[int]:
+def pages(report: PageSet) -> set[int]:
     assert report.keys() == {"ram"}
     return set_bits(report["ram"].words)
 

@@ -87,8 +87,8 @@ async def copied(vms: Pair, with_iommufd: bool) -> tuple[set[int], set[int]]:
             reports = {"uffd": uffd.collect()}
             if with_iommufd:
                 reports["iommufd"] = marked
-            merged = merge({block.name: NPAGES}, reports)
-            for start, length in zip(*merged.bitmaps[block.name].runs(), strict=True):
+            merged = merge([block], reports)
+            for start, length in zip(*merged.dirty[block.name].runs(), strict=True):
                 piece = slice(int(start) * PAGE, int(start + length) * PAGE)
                 copy[piece] = device.ram[piece]
             return merged
