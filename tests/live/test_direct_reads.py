@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from migrator import Failed, Progress, Report, migrate
-from migrator.migration.orchestrator import Migration
+from migrator.migration.attempt import Attempt
+from migrator.migration.guard import Guard
 from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Watch, move
 from tests.live.qemus import QEMUS, Qemu
@@ -104,12 +105,12 @@ def test_a_read_in_flight_while_its_page_is_copied(
 
 @every_qemu
 def test_a_read_in_flight_when_tracking_begins(qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def no_drain(migration: Migration) -> None:
+    async def no_drain(attempt: Attempt, guard: Guard) -> None:
         pass
 
     async def body(vms: Pair, disk: SlowDisk) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(Migration, "_drain", no_drain)
+            patched.setattr(Attempt, "_drain", no_drain)
             await loses(vms, held(disk, Phase.ATTACH, Phase.SWITCHOVER))
         await move(vms, held(disk, Phase.ATTACH, Phase.DRAIN))
         await vms.check_heartbeat_unbroken()

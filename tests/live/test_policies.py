@@ -6,7 +6,7 @@ import asyncio
 import os
 import pkgutil
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,8 @@ import pytest
 from migrator import Limits, Progress, Report, migrate
 from migrator.errors import Failed
 from migrator.guest.workload import Workload
+from migrator.migration.comparing import Comparing
+from migrator.migration.ledger import Ledger
 from migrator.policy.judge import PolicyName
 from migrator.report.phases import DOWNTIME, Phase
 from migrator.tracking.readings import Collected, Scan
@@ -119,7 +121,7 @@ class Hammer:
 @contextmanager
 def forgetting_what_waits(monkeypatch: pytest.MonkeyPatch, first: int, pages: int) -> Any:
     """The source does not report what it left unprotected, and nobody has kept it."""
-    collect = Sources.collect
+    collect, take = Sources.collect, Ledger.take
 
     async def forgetful(
         self: Sources, *, backends_too: bool, scan: Scan | None = None, left: PageSet | None = None
@@ -132,14 +134,18 @@ def forgetting_what_waits(monkeypatch: pytest.MonkeyPatch, first: int, pages: in
                 bitmap.words[:] = (bitmap - forgotten).words
         return collected
 
-    def of_sources_and_owed(
-        found: Mapping[str, DirtyBitmap], *others: Mapping[str, DirtyBitmap]
-    ) -> dict[str, DirtyBitmap]:
-        return {name: pages | others[0][name] for name, pages in found.items()}
+    def without_what_waited(
+        ledger: Ledger,
+        found: PageSet,
+        waiting: PageSet | None = None,
+        left: PageSet | None = None,
+    ) -> PageSet:
+        ledger.waiting = PageSet.empty(found.blocks)
+        return take(ledger, found, waiting, left)
 
     with monkeypatch.context() as patched:
         patched.setattr(Sources, "collect", forgetful)
-        patched.setattr("migrator.migration.rounds.union", of_sources_and_owed)
+        patched.setattr(Ledger, "take", without_what_waited)
         yield
 
 
@@ -242,7 +248,7 @@ def test_changed_and_changed_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair) -> None:
         ram = Ram(vms.source, vms.machine)
         ram.write(SPOT, a)
-        monkeypatch.setattr("migrator.migration.rounds.Rounds._will_compare", lambda _: True)
+        monkeypatch.setattr(Comparing, "is_worth_it", property(lambda _: True))
         with monkeypatch.context() as patched:
             patched.setattr(LocalCopy, "changed", compared_with(a))
             with pytest.raises(Failed, match=rf"{PAGES} of \d+ pages differ"):
