@@ -115,6 +115,26 @@ def cancelled_by_signals(task: asyncio.Future[Any]) -> Iterator[None]:
         yield
 
 
+async def interruptible(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await ``work``; signals cancel it, as often as they come; see :func:`on_signals`."""
+    task = asyncio.ensure_future(work)
+    with cancelled_by_signals(task):
+        return await task
+
+
+def run(work: Coroutine[Any, Any, _T]) -> _T:
+    """As :func:`asyncio.run`, but signals cancel ``work``, wherever it is, and it cleans up.
+
+    A second one, while it cleans up, would otherwise break that off: ``timeout`` sends two.
+
+    :raise KeyboardInterrupt: it was interrupted, and has ended
+    """
+    try:
+        return asyncio.run(interruptible(work))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
 async def ended(task: asyncio.Future[Any]) -> None:
     """Wait until ``task`` has ended, however it does."""
     await asyncio.wait([task])

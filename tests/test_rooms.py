@@ -66,7 +66,6 @@ MAY_IMPORT = {
         __init__:
         machine:
         tables:
-        interruptible: migrator.aio
         hosts:
         page: migrator.report
         guests: migrator.guest
@@ -79,9 +78,9 @@ MAY_IMPORT = {
             migrator.qemu migrator.ranges migrator.report migrator.tracking migrator.yamlfile
             tracker.answered tracker.bits tracker.errors tracker.memory tracker.probe
             tracker.sources tracker.warm
-        stream: guests hosts interruptible machine moving page tables migrator.link migrator.report
+        stream: guests hosts machine moving page tables migrator.aio migrator.link migrator.report
             migrator.transport tracker.bits tracker.memory
-        versus: guests hosts interruptible machine moving page tables migrator.errors
+        versus: guests hosts machine moving page tables migrator.aio migrator.errors
             migrator.report
         cli: guests hosts kernels machine page simulate strategies stream tables versus
             migrator.cli migrator.errors migrator.harmless migrator.policy migrator.ranges

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import interruptible, machine
+from bench import machine
 from bench.guests.guests import Guest
 from bench.hosts.twohosts import TwoHosts, two_hosts
 from bench.moving.journey import Journey
@@ -19,6 +19,7 @@ from bench.moving.moves import Mover, Spans
 from bench.moving.ways import GuestBroken, Terms, Way
 from bench.stream import transport
 from bench.stream.transport import Case, Rig
+from migrator import aio
 from migrator.link import keys
 
 _SHM = Path("/dev/shm")
@@ -145,7 +146,7 @@ def _moves(
                 with _subdirectory(directory, "move") as files:
                     terms = Terms(link.downtime_ms)
                     journey = Journey(guest, files)
-                    sample = interruptible.run(_moved(journey, hosts, mover, way, terms))
+                    sample = aio.run(_moved(journey, hosts, mover, way, terms))
                 found[link, way].append(sample)
     return [
         {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench import interruptible, machine
+from bench import machine
 from bench.guests import guests
 from bench.guests.guests import Guest, GuestError
 from bench.hosts import twohosts
@@ -21,6 +21,7 @@ from bench.moving.moves import Mover, Spans
 from bench.moving.traveller import Traveller
 from bench.moving.ways import GuestBroken, Terms, Way
 from bench.versus.targets import completed, finalists
+from migrator import aio
 from migrator.errors import VmError
 
 _SHM = Path("/dev/shm")
@@ -124,7 +125,7 @@ def measure(extent: Extent, step: Callable[[str], None]) -> dict[str, Any]:
     :raise GuestError: a guest cannot be made; the text says what to do
     :raise GuestBroken, VmError: a guest does not come up
     """
-    return interruptible.run(_measure(extent, step))
+    return aio.run(_measure(extent, step))
 
 
 async def _measure(extent: Extent, step: Callable[[str], None]) -> dict[str, Any]:

@@ -311,9 +311,7 @@ def resolve(
     back. A destination that was told to go cannot be taken back; one that was not never runs once
     the source was decided for.
     """
-    import asyncio
-
-    from migrator.aio import cancelled_by_signals
+    from migrator.aio import run
     from migrator.errors import MigratorError, SourceRuns
     from migrator.link.session import Link
     from migrator.receiver.resolution import resolve as do_resolve
@@ -332,21 +330,17 @@ def resolve(
         link = Link(*to, tls=_secured(tls, insecure), peer=peer)
     ending = output.Ending()
 
-    async def until_interrupted() -> Resolution:
-        task = asyncio.ensure_future(do_resolve(source, link, decide, gone=destination_is_gone))
-        with cancelled_by_signals(task):
-            found = await task
-            ending.decide(found.exit_code)
-            return found
+    async def until_decided() -> Resolution:
+        found = await do_resolve(source, link, decide, gone=destination_is_gone)
+        ending.decide(found.exit_code)
+        return found
 
     try:
-        found = asyncio.run(until_interrupted())
+        found = run(until_decided())
     except SourceRuns as error:
         fail(error, as_json)
     except MigratorError as error:  # "the source runs" is not what these say
         fail(error, as_json, 4 if error.exit_code == 1 else error.exit_code)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
 
     def tell_all() -> None:
         for sentence in found.sentences:

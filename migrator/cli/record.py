@@ -13,8 +13,6 @@ from migrator.cli.command import Command
 from migrator.cli.shared import Number, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from migrator.watch.record import Options, Recorded
 
 
@@ -74,10 +72,10 @@ def record(
 
 def _conclude(source: str, output: Path, options: Options, as_json: bool) -> None:
     """Record until it is over or interrupted. It may not return."""
-    import asyncio
-
+    from migrator.aio import run
     from migrator.errors import MigratorError
     from migrator.watch.record import Recorded
+    from migrator.watch.record import record as do_record
 
     last = Recorded()
 
@@ -92,23 +90,10 @@ def _conclude(source: str, output: Path, options: Options, as_json: bool) -> Non
         )
 
     try:
-        asyncio.run(_interruptible(source, output, options, show))
+        run(do_record(source, output, options, show))
     except MigratorError as error:
         fail(error, as_json)
-    except asyncio.CancelledError:
+    except KeyboardInterrupt:
         click.echo("no longer recorded; the VM goes on", err=True)
     if as_json:
         print(json.dumps(last.to_json()), flush=True)
-
-
-async def _interruptible(
-    source: str, output: Path, options: Options, show: Callable[[Recorded], None]
-) -> None:
-    import asyncio
-
-    from migrator.aio import cancelled_by_signals
-    from migrator.watch.record import record as do_record
-
-    task = asyncio.ensure_future(do_record(source, output, options, show))
-    with cancelled_by_signals(task):
-        await task

@@ -211,7 +211,7 @@ def conclude(
     try:
         cli_report.check(page)
         with output.impatient():
-            report = asyncio.run(_interruptible(begin, what, display, ending))
+            report = asyncio.run(_migrated(begin, what, display, ending))
     except MigratorError as error:
         ended: MigratorError | None = error
         ending.decide(error.exit_code)
@@ -266,9 +266,7 @@ def _tell_unexpected(said: str, display: Display, as_json: bool) -> None:
         print(json.dumps({"status": "failed", "reason": said}), flush=True)
 
 
-async def _interruptible(
-    begin: Begin, what: str, display: Display, ending: output.Ending
-) -> Report:
+async def _migrated(begin: Begin, what: str, display: Display, ending: output.Ending) -> Report:
     """Migrate; the status is decided as soon as it is known."""
     import asyncio
     from contextlib import AsyncExitStack

@@ -14,8 +14,6 @@ from migrator.cli.command import Command
 from migrator.cli.shared import Number, fail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from migrator.watch.sample import Sight
     from migrator.watch.watch import Options
 
@@ -125,10 +123,10 @@ def watch(
 
 def _conclude(source: str, options: Options, as_json: bool) -> None:
     """Watch until it is over or interrupted. It may not return."""
-    import asyncio
-
+    from migrator.aio import run
     from migrator.errors import MigratorError
     from migrator.watch.view import View
+    from migrator.watch.watch import watch as do_watch
 
     with View() as view:
 
@@ -140,25 +138,14 @@ def _conclude(source: str, options: Options, as_json: bool) -> None:
                 raise BrokenPipeError
 
         try:
-            asyncio.run(_interruptible(source, options, show))
+            run(do_watch(source, options, show))
         except MigratorError as error:
             view.__exit__()
             fail(error, as_json)
-        except asyncio.CancelledError:
+        except KeyboardInterrupt:
             view.__exit__()
             click.echo("no longer watched; the VM goes on", err=True)
         except BrokenPipeError:  # as of "| head": no need to say more
             view.__exit__()
             if problem := output.unwritten():
                 raise click.ClickException(problem) from None
-
-
-async def _interruptible(source: str, options: Options, show: Callable[[Sight], None]) -> None:
-    import asyncio
-
-    from migrator.aio import cancelled_by_signals
-    from migrator.watch.watch import watch as do_watch
-
-    task = asyncio.ensure_future(do_watch(source, options, show))
-    with cancelled_by_signals(task):
-        await task
