@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from migrator import ranges, yamlfile
+from migrator import choices, ranges, yamlfile
 from migrator.errors import ConfigError
 from migrator.policy.throttling import AUTO
 from migrator.ranges import Range
@@ -152,11 +152,11 @@ class LinkConfig(_Strict):
     tls: str | None = None
     insecure: bool = False
     peer: str | None = None
-    streams: Annotated[int, in_range(ranges.STREAMS)] = 2
-    compress: str = "none"
+    streams: Annotated[int, in_range(ranges.STREAMS)] = choices.STREAMS
+    compress: str = choices.COMPRESS
     bandwidth: Annotated[Size, in_range(ranges.BANDWIDTH_BYTES_PER_S)] | None = None
-    reconnect_s: Annotated[float, in_range(ranges.RECONNECT_S)] = 30.0
-    silence_s: Annotated[float, in_range(ranges.SILENCE_S)] = 10.0
+    reconnect_s: Annotated[float, in_range(ranges.RECONNECT_S)] = choices.RECONNECT_S
+    silence_s: Annotated[float, in_range(ranges.SILENCE_S)] = choices.SILENCE_S
 
     @field_validator("compress")
     @classmethod
@@ -182,15 +182,15 @@ class GuestConfig(_Strict):
 class MigrationConfig(_Strict):
     """When to switch over, when to give up."""
 
-    downtime_limit_ms: Annotated[float, in_range(ranges.DOWNTIME_MS)] = 100.0
-    max_rounds: Annotated[int, in_range(ranges.ROUNDS)] = 60
-    max_seconds: Annotated[float, in_range(ranges.MIGRATION_S)] = 300.0
-    on_limit: Literal["force", "abort"] = "abort"
+    downtime_limit_ms: Annotated[float, in_range(ranges.DOWNTIME_MS)] = choices.DOWNTIME_LIMIT_MS
+    max_rounds: Annotated[int, in_range(ranges.ROUNDS)] = choices.MAX_ROUNDS
+    max_seconds: Annotated[float, in_range(ranges.MIGRATION_S)] = choices.MAX_SECONDS
+    on_limit: choices.OnLimit = choices.DEFAULT_ON_LIMIT
     max_standstill_s: Annotated[float, in_range(ranges.STANDSTILL_S)] | None = None
     verify: bool = False
     memory_only: bool = False
-    tracker: Literal["auto", "uffd", "uffd-sync"] = "auto"
-    policy: Literal["send-all", "defer-hot", "skip-unchanged", "adaptive"] = "adaptive"
+    tracker: choices.TrackerName = choices.DEFAULT_TRACKER
+    policy: choices.PolicyName = choices.DEFAULT_POLICY
     throttle: Throttle = 0
     settle_s: Annotated[float, in_range(ranges.SETTLE_S)] = 0.5
 
@@ -199,7 +199,7 @@ class Config(_Strict):
     """A whole file."""
 
     prepare: list[str] = []
-    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    accel: choices.AccelName = choices.DEFAULT_ACCEL
     guest: GuestConfig | None = None
     source: VmConfig
     destination: VmConfig | None = None

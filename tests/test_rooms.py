@@ -36,16 +36,17 @@ MAY_IMPORT = {
         aio:
         harmless:
         ranges:
+        choices:
         yamlfile: errors
         report: harmless tracker.bits tracker.memory
-        policy: report tracker.bits
-        config: errors policy ranges yamlfile
+        policy: choices report tracker.bits
+        config: choices errors policy ranges yamlfile
         guest:
         control: errors report
-        qemu: aio errors guest
+        qemu: aio choices errors guest
         doctor: aio errors harmless qemu tracker.errors tracker.inject tracker.memory tracker.pins
             tracker.probe tracker.syscalls
-        link: aio errors
+        link: aio choices errors
         tracking: aio errors qemu tracker.answered tracker.bits tracker.devices tracker.errors
             tracker.memory tracker.probe tracker.sources
         transport: aio errors link report tracker.bits tracker.errors tracker.memory
@@ -54,12 +55,12 @@ MAY_IMPORT = {
             tracker.memory tracker.probe tracker.sources
         watch: aio errors harmless policy preflight qemu tracking tracker.bits tracker.errors
             tracker.memory tracker.warm
-        migration: aio errors harmless link policy preflight qemu report tracking transport
+        migration: aio choices errors harmless link policy preflight qemu report tracking transport
             tracker.bits tracker.child tracker.errors tracker.inject tracker.memory tracker.warm
         receiver: aio errors harmless link migration preflight qemu transport tracker.child
             tracker.errors tracker.memory
         scenario: aio config errors guest link migration policy qemu report
-        cli: aio config control doctor errors guest harmless link migration policy ranges receiver
+        cli: aio choices config control doctor errors guest harmless link migration policy ranges receiver
             report scenario transport watch
         """,
     "bench": """
@@ -71,8 +72,8 @@ MAY_IMPORT = {
         guests: migrator.guest
         moving: guests hosts migrator.aio migrator.cli migrator.errors migrator.qemu
         kernels: page tables migrator.report migrator.transport tracker.bits tracker.memory
-        simulate: guests page migrator.errors migrator.guest migrator.migration migrator.policy
-            migrator.qemu migrator.report migrator.tracking migrator.transport
+        simulate: guests page migrator.choices migrator.errors migrator.guest migrator.migration
+            migrator.policy migrator.qemu migrator.report migrator.tracking migrator.transport
             migrator.watch tracker.bits tracker.memory tracker.sources tracker.warm
         strategies: guests machine page tables migrator.aio migrator.config migrator.errors
             migrator.qemu migrator.ranges migrator.report migrator.tracking migrator.yamlfile

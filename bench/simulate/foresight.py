@@ -28,9 +28,10 @@ from bench.guests.guests import Guest
 from bench.simulate.costs import Costs, copy_rate, parse
 from bench.simulate.replay import Replay
 from bench.simulate.run import migrate
+from migrator.choices import PolicyName
 from migrator.guest.workload import MIB, heartbeats
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.judge import Limits
 from migrator.policy.policies import policy_of
 from migrator.qemu.process import Vm
 from migrator.qemu.qmp import Qmp

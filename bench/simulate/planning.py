@@ -9,8 +9,9 @@ from typing import Any
 from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import NEVER_SLOWED, Outcome, migrate
+from migrator.choices import PolicyName
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.judge import Limits
 from migrator.policy.policies import policy_of
 from migrator.policy.throttling import Throttling
 from tracker.warm import warm_up

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrator import ranges
+from migrator import choices, ranges
 from migrator.cli import output
 from migrator.cli.command import DecidingCommand, MigratingCommand
 from migrator.cli.report import report_option
@@ -187,13 +187,13 @@ def _tell(words: str, as_json: bool, **said: Any) -> None:
 @click.option(
     "--streams",
     type=Number(ranges.STREAMS),
-    default=2,
+    default=choices.STREAMS,
     show_default=True,
     help="Connections for pages.",
 )
 @click.option(
     "--compress",
-    default="none",
+    default=choices.COMPRESS,
     show_default=True,
     metavar="none|auto|zstd[:LEVEL]",
     help="auto measures, and compresses where the link is slower than the compressor.",
@@ -207,14 +207,14 @@ def _tell(words: str, as_json: bool, **said: Any) -> None:
 @click.option(
     "--reconnect-seconds",
     type=Number(ranges.RECONNECT_S),
-    default=30.0,
+    default=choices.RECONNECT_S,
     show_default=True,
     help="How long to try to reach a host again that was lost while the guest runs.",
 )
 @click.option(
     "--silence-seconds",
     type=Number(ranges.SILENCE_S),
-    default=10.0,
+    default=choices.SILENCE_S,
     show_default=True,
     help="A host that acknowledges nothing for so long is lost.",
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click  # everything slower is imported where it is used, where Ctrl-C is click's to catch
 
-from migrator import ranges
+from migrator import choices, ranges
 from migrator.cli import control as cli_control
 from migrator.cli import hosts as cli_hosts
 from migrator.cli import record as cli_record
@@ -89,8 +89,8 @@ cli_watch.add_to(main)
 )
 @click.option(
     "--accel",
-    type=click.Choice(["auto", "kvm", "tcg"]),
-    default="auto",
+    type=click.Choice(choices.ACCELS),
+    default=choices.DEFAULT_ACCEL,
     show_default=True,
     help="auto takes KVM where a guest really runs under it.",
 )

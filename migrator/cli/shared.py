@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from migrator import ranges
+from migrator import choices, ranges
 from migrator.cli import command as cli_command
 from migrator.cli import output
 from migrator.cli import report as cli_report
@@ -120,7 +120,7 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--downtime-limit",
                 type=Number(ranges.DOWNTIME_MS),
-                default=100.0,
+                default=choices.DOWNTIME_LIMIT_MS,
                 show_default=True,
                 metavar="MS",
                 help="Switch over once the expected downtime is not above this.",
@@ -128,21 +128,21 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--max-rounds",
                 type=Number(ranges.ROUNDS),
-                default=60,
+                default=choices.MAX_ROUNDS,
                 show_default=True,
                 help="Give up after so many rounds.",
             ),
             click.option(
                 "--max-seconds",
                 type=Number(ranges.MIGRATION_S),
-                default=300.0,
+                default=choices.MAX_SECONDS,
                 show_default=True,
                 help="Give up after so long.",
             ),
             click.option(
                 "--on-limit",
-                type=click.Choice(["abort", "force"]),
-                default="abort",
+                type=click.Choice(choices.ON_LIMIT),
+                default=choices.DEFAULT_ON_LIMIT,
                 show_default=True,
                 help="What giving up means: leave the VM where it is, or accept the downtime.",
             ),
@@ -156,16 +156,16 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--tracker",
-                type=click.Choice(["auto", "uffd", "uffd-sync"]),
-                default="auto",
+                type=click.Choice(choices.TRACKERS),
+                default=choices.DEFAULT_TRACKER,
                 show_default=True,
                 help="How CPU writes are noted: by the kernel (uffd), or by answering each fault "
                 "(uffd-sync), which works from Linux 5.19 on. auto takes the first that works.",
             ),
             click.option(
                 "--policy",
-                type=click.Choice(["send-all", "defer-hot", "skip-unchanged", "adaptive"]),
-                default="adaptive",
+                type=click.Choice(choices.POLICIES),
+                default=choices.DEFAULT_POLICY,
                 show_default=True,
                 help="What is sent before the end: all that is dirty; not what is written again "
                 "and again; not what is at the destination already (to another host by digests, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import ranges
+from migrator import choices, ranges
 from migrator.cli import output
 from migrator.cli.command import Command
 from migrator.cli.shared import Number, fail
@@ -16,9 +16,6 @@ from migrator.cli.shared import Number, fail
 if TYPE_CHECKING:
     from migrator.watch.sample import Sight
     from migrator.watch.watch import Options
-
-
-_STRATEGIES = ("auto", "uffd", "uffd-sync", "soft-dirty", "content-hash", "coarse")
 
 
 def add_to(group: click.Group) -> None:
@@ -53,15 +50,15 @@ def add_to(group: click.Group) -> None:
 @click.option(
     "--downtime-limit",
     type=Number(ranges.DOWNTIME_MS),
-    default=100.0,
+    default=choices.DOWNTIME_LIMIT_MS,
     show_default=True,
     metavar="MS",
     help="How long the VM might stand still.",
 )
 @click.option(
     "--strategy",
-    type=click.Choice(_STRATEGIES),
-    default="auto",
+    type=click.Choice(choices.STRATEGIES),
+    default=choices.DEFAULT_TRACKER,
     show_default=True,
     help="How writes are noticed.",
 )

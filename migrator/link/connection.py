@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from migrator.aio import within
+from migrator.choices import SILENCE_S
 from migrator.errors import LinkError, LinkLost
 from migrator.link import envelope
 from migrator.link.keys import fingerprint
 from migrator.link.tls import check_peer
 
 _T = TypeVar("_T")
-SILENCE_S = 10.0
 """A host that does not acknowledge anything for so long is lost."""
 _PROBES = 4
 _PIECE = 1 << 20

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from migrator.aio import within
+from migrator.choices import COMPRESS, RECONNECT_S, SILENCE_S, STREAMS
 from migrator.errors import LinkError, LinkLost, VmError
-from migrator.link.connection import SILENCE_S, Connection, hang_up
+from migrator.link.connection import Connection, hang_up
 from migrator.link.messages import Arrived, Told, is_busy, parse
 
 _log = logging.getLogger(__name__)
@@ -45,10 +46,10 @@ class Link:
     port: int
     tls: str | None = None
     peer: str | None = None
-    streams: int = 2
-    compress: str = "none"
+    streams: int = STREAMS
+    compress: str = COMPRESS
     bandwidth_bytes_per_s: float | None = None
-    reconnect_s: float = 30.0
+    reconnect_s: float = RECONNECT_S
     silence_s: float = SILENCE_S
 
     async def connect(

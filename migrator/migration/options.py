@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from migrator.choices import DEFAULT_POLICY, DEFAULT_TRACKER, PolicyName
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.judge import Limits
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
     memory_only: bool = False
-    tracker: str = "auto"
-    policy: PolicyName = "adaptive"
+    tracker: str = DEFAULT_TRACKER
+    policy: PolicyName = DEFAULT_POLICY
     fixed: Fixed = field(default_factory=Fixed)
     throttle_percent: int = 0
     dirty_map: bool = False

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Protocol
 
+from migrator.choices import (
+    DEFAULT_ON_LIMIT,
+    DOWNTIME_LIMIT_MS,
+    MAX_ROUNDS,
+    MAX_SECONDS,
+    OnLimit,
+)
 from migrator.policy.downtime import Fixed, Terms, predict
-
-OnLimit = Literal["force", "abort"]
-PolicyName = Literal["send-all", "defer-hot", "skip-unchanged", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,10 @@ class Limits:
     :ivar on_limit: giving up means to ``abort``, or to ``force`` the switchover all the same
     """
 
-    downtime_ms: float = 100.0
-    max_rounds: int = 60
-    max_seconds: float = 300.0
-    on_limit: OnLimit = "abort"
+    downtime_ms: float = DOWNTIME_LIMIT_MS
+    max_rounds: int = MAX_ROUNDS
+    max_seconds: float = MAX_SECONDS
+    on_limit: OnLimit = DEFAULT_ON_LIMIT
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from migrator.choices import PolicyName
 from migrator.policy.adaptive import Adaptive
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Judge, Limits, PolicyName, SendAll
+from migrator.policy.judge import Judge, Limits, SendAll
 
 
 @dataclass(frozen=True)

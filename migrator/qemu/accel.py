@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migrator.aio import within
+from migrator.choices import DEFAULT_ACCEL, AccelName
 from migrator.errors import AccelUnavailable
 from migrator.guest.workload import MIB, Workload, boot_image, guest_args, heartbeats
 
@@ -46,7 +47,7 @@ class AccelChoice:
 
 async def choose_accel(
     qemu_binary: str = "qemu-system-x86_64",
-    wanted: Literal["auto", "kvm", "tcg"] = "auto",
+    wanted: AccelName = DEFAULT_ACCEL,
 ) -> AccelChoice:
     """Choose an accelerator; KVM only if a guest really runs under it.
 

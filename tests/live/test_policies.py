@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from migrator import Limits, Progress, Report, migrate
+from migrator.choices import PolicyName
 from migrator.errors import Failed
 from migrator.guest.workload import Workload
 from migrator.migration.comparing import Comparing
 from migrator.migration.ledger import Ledger
-from migrator.policy.judge import PolicyName
 from migrator.report.phases import DOWNTIME, Phase
 from migrator.tracking.readings import Collected, Scan
 from migrator.tracking.sources import Sources

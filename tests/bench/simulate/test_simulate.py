@@ -17,8 +17,9 @@ from bench.cli.main import main
 from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import Outcome, migrate
+from migrator.choices import PolicyName
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.judge import Limits
 from migrator.policy.policies import policy_of
 from migrator.report.report import Report, Round
 from migrator.watch.trace import Block, Header, Record, Trace, Writer

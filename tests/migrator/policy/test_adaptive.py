@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from migrator.choices import OnLimit
 from migrator.policy.adaptive import Adaptive, stalled
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Hot, Limits, Observation, OnLimit, Verdict
+from migrator.policy.judge import Hot, Limits, Observation, Verdict
 from migrator.policy.policies import policy_of
 from tests.migrator.simulated import PAGE, Walker, simulate
 from tests.profiles import examples

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from migrator.choices import PolicyName
 from migrator.policy.downtime import Fixed, predict
-from migrator.policy.judge import Limits, PolicyName
+from migrator.policy.judge import Limits
 from migrator.policy.policies import policy_of
 from migrator.policy.skipping import Sampled, worth_comparing, worth_sampling
 from migrator.report.phases import DOWNTIME

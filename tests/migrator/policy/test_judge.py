@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrator.choices import OnLimit
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Decision, Limits, Observation, OnLimit, SendAll, Verdict
+from migrator.policy.judge import Decision, Limits, Observation, SendAll, Verdict
 
 MB = 1_000_000
 LIMITS = Limits(downtime_ms=100.0, max_rounds=10, max_seconds=60.0)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migrator.choices import PolicyName
 from migrator.policy.adaptive import Adaptive
 from migrator.policy.downtime import Fixed
-from migrator.policy.judge import Decision, Limits, Observation, PolicyName, Verdict
+from migrator.policy.judge import Decision, Limits, Observation, Verdict
 from migrator.policy.policies import policy_of
 from migrator.policy.throttling import AUTO, Throttling, slowed_alike, slowed_for_s
 from tests.migrator.simulated import PAGE, Outcome, Walker, simulate
