@@ -60,8 +60,8 @@ MAY_IMPORT = {
         receiver: aio errors harmless link migration preflight qemu transport tracker.child
             tracker.errors tracker.memory
         scenario: aio config errors guest link migration policy qemu report
-        cli: aio choices config control doctor errors guest harmless link migration policy ranges receiver
-            report scenario transport watch
+        cli: aio choices config control doctor errors guest harmless link migration policy ranges
+            receiver report scenario transport watch
         """,
     "bench": """
         __init__:

@@ -221,13 +221,15 @@ def doctor(qemu: str, pins: bool, as_json: bool) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if pins:
         _pins(as_json)
-    from migrator.doctor import examine as room
+    from migrator.doctor.check import able, show
+    from migrator.doctor.check import as_json as checks_as_json
+    from migrator.doctor.examine import examine
 
-    checks = asyncio.run(room.examine(qemu))
-    room.show(checks)
+    checks = asyncio.run(examine(qemu))
+    show(checks)
     if as_json:
-        print(json.dumps(room.as_json(checks)))
-    sys.exit(0 if room.able(checks) else 1)
+        print(json.dumps(checks_as_json(checks)))
+    sys.exit(0 if able(checks) else 1)
 
 
 def _pins(as_json: bool) -> NoReturn:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.doctor import examine as doctor
-from migrator.doctor.examine import Check
+from migrator.doctor.check import Check
+from migrator.doctor.examine import examine
 from tests.conftest import require
 from tests.tracker.targets import wait_until
 from tracker.pins.matrix import count
@@ -137,7 +137,7 @@ def test_what_is_passed_to_stderr_while_it_takes_long(tmp_path: Path) -> None:
     qemu = tmp_path / "qemu"
     qemu.write_text("#!/bin/sh\nsleep 1.5\nexit 1\n")
     qemu.chmod(0o755)
-    checks = asyncio.run(doctor.examine(str(qemu), said.append))
+    checks = asyncio.run(examine(str(qemu), said.append))
     assert said[0] == "still trying: QEMU"
     assert checks[0].result == "failed"
 
@@ -147,7 +147,7 @@ def test_what_is_passed_to_stderr_while_it_takes_long(tmp_path: Path) -> None:
 WITHOUT = """
 import ctypes, json, struct, sys
 from dataclasses import asdict
-from migrator.doctor import examine as doctor
+from migrator.doctor import kernel
 
 number = int(sys.argv[1])
 # struct sock_filter: load seccomp_data.nr; if it is the number, EPERM; otherwise allow
@@ -158,7 +158,7 @@ fprog = struct.pack("HxxxxxxQ", 4, ctypes.addressof(buffer))
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, 2, fprog, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP, a filter
-checks = doctor.tracing_checks() + doctor.tracking_checks()
+checks = kernel.tracing_checks() + kernel.tracking_checks()
 print(json.dumps([asdict(check) for check in checks]))
 """
 

@@ -23,7 +23,7 @@ from bench.page.markdown import parts
 from migrator.cli.control import _table
 from migrator.cli.display import Display, findings, line, summary
 from migrator.cli.main import main
-from migrator.doctor import examine as doctor
+from migrator.doctor import check as doctor
 from migrator.errors import ConfigError, Failed, Finding, Refused, Undecided, VmError
 from migrator.harmless import Formatter, harmless
 from migrator.report.page import memory, migration, style

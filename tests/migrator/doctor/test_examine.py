@@ -16,8 +16,10 @@ import pytest
 from rich.console import Console
 
 import migrator
-from migrator.doctor import examine as doctor
-from migrator.doctor.examine import Check
+from migrator.doctor import check as results_of
+from migrator.doctor import examine, host, kernel
+from migrator.doctor import qemu as qemus
+from migrator.doctor.check import Check
 from tracker.probe import probe, trial
 from tracker.probe.probe import Outcome
 
@@ -41,15 +43,15 @@ def results(checks: list[Check]) -> dict[str, str]:
     [([PASSED], True), ([PASSED, WARNED], True), ([PASSED, FAILED], False), ([FAILED], False)],
 )
 def test_only_a_failure_makes_a_host_unable(checks: list[Check], expected: bool) -> None:
-    assert doctor.able(checks) is expected
-    said = json.loads(json.dumps(doctor.as_json(checks)))
+    assert results_of.able(checks) is expected
+    said = json.loads(json.dumps(results_of.as_json(checks)))
     assert said["able"] is expected
     assert said["checks"] == [vars(check) for check in checks]
 
 
 def shown(checks: list[Check]) -> str:
     console = Console(file=io.StringIO(), width=200, highlight=False)
-    doctor.show(checks, console)
+    results_of.show(checks, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -111,11 +113,11 @@ while chunk := connection.recv(65536).decode():
 
 def examined(directory: Path, **what: tuple[str, ...]) -> dict[str, Check]:
     """What is made of a QEMU that has all it should have but for ``what``."""
-    fields = {"commands": doctor.COMMANDS, "capabilities": doctor.CAPABILITIES, "refused": ()}
+    fields = {"commands": qemus.COMMANDS, "capabilities": qemus.CAPABILITIES, "refused": ()}
     qemu = directory / "qemu"
     qemu.write_text(FAKE_QEMU.format(python=sys.executable, **{**fields, **what}))
     qemu.chmod(0o755)
-    checks = asyncio.run(doctor.qemu_checks(str(qemu)))
+    checks = asyncio.run(qemus.qemu_checks(str(qemu)))
     results(checks)
     return {check.check: check for check in checks}
 
@@ -130,9 +132,9 @@ def test_a_qemu_that_has_everything(tmp_path: Path) -> None:
     assert "not that" in checks["RAM as a shared file"].seen
 
 
-@pytest.mark.parametrize("missing", doctor.CAPABILITIES)
+@pytest.mark.parametrize("missing", qemus.CAPABILITIES)
 def test_a_qemu_without_a_capability(missing: str, tmp_path: Path) -> None:
-    there = tuple(c for c in doctor.CAPABILITIES if c != missing)
+    there = tuple(c for c in qemus.CAPABILITIES if c != missing)
     check = examined(tmp_path, capabilities=there)["QEMU's capabilities"]
     assert (check.result, check.seen) == ("failed", f"it lacks {missing}")
 
@@ -144,8 +146,8 @@ def test_a_qemu_that_does_not_turn_its_capabilities_on(tmp_path: Path) -> None:
 
 
 def test_a_qemu_without_a_command(tmp_path: Path) -> None:
-    check = examined(tmp_path, commands=doctor.COMMANDS[1:])["QEMU's commands"]
-    assert (check.result, check.seen) == ("failed", f"it lacks {doctor.COMMANDS[0]}")
+    check = examined(tmp_path, commands=qemus.COMMANDS[1:])["QEMU's commands"]
+    assert (check.result, check.seen) == ("failed", f"it lacks {qemus.COMMANDS[0]}")
 
 
 def test_the_commands_are_those_that_a_migration_executes() -> None:
@@ -154,11 +156,11 @@ def test_the_commands_are_those_that_a_migration_executes() -> None:
         if file.parent.name not in ("doctor", "watch"):  # which migrate nothing
             executed.update(re.findall(r'\.execute\(\s*"([\w-]+)"', file.read_text()))
     assert executed
-    assert executed == set(doctor.COMMANDS)
+    assert executed == set(qemus.COMMANDS)
 
 
 def test_no_qemu() -> None:
-    (check,) = asyncio.run(doctor.qemu_checks("/no/such/qemu"))
+    (check,) = asyncio.run(qemus.qemu_checks("/no/such/qemu"))
     assert results([check]) == {"QEMU": "failed"}
     assert "/no/such/qemu" in check.seen
 
@@ -167,7 +169,7 @@ def test_a_qemu_that_ends_at_once(tmp_path: Path) -> None:
     qemu = tmp_path / "qemu"
     qemu.write_text("#!/bin/sh\necho cannot >&2\nexit 1\n")
     qemu.chmod(0o755)
-    (check,) = asyncio.run(doctor.qemu_checks(str(qemu)))
+    (check,) = asyncio.run(qemus.qemu_checks(str(qemu)))
     assert results([check]) == {"QEMU": "failed"}
     assert check.seen == "QEMU ended with 1: cannot"
 
@@ -176,7 +178,7 @@ def test_no_qemu_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     from migrator.qemu import accel
 
     monkeypatch.setattr(accel, "KVM_DEVICE", "/dev/null")
-    assert results(asyncio.run(doctor.accelerator_checks("/no/such/qemu"))) == {
+    assert results(asyncio.run(qemus.accelerator_checks("/no/such/qemu"))) == {
         "accelerator": "failed"
     }
 
@@ -195,7 +197,7 @@ def test_no_qemu_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_refused_injection_names_the_call(reason: str, expected: tuple[str, ...]) -> None:
-    checks = doctor.refused_checks(reason)
+    checks = kernel.refused_checks(reason)
     assert results(checks) == dict(
         zip(("ptrace", "userfaultfd", "pidfd_getfd"), expected, strict=True)
     )
@@ -218,21 +220,21 @@ def test_yama_is_looked_at_for_the_mend(
     file = tmp_path / "ptrace_scope"
     if scope is not None:
         file.write_text(scope)
-    monkeypatch.setattr(doctor, "PTRACE_SCOPE", file)
-    assert mend in doctor.refused_checks("ptrace is not permitted")[0].mend
+    monkeypatch.setattr(kernel, "PTRACE_SCOPE", file)
+    assert mend in kernel.refused_checks("ptrace is not permitted")[0].mend
 
 
 @pytest.mark.parametrize("missing", trial.FEATURES)
 def test_a_missing_feature_is_named(missing: str) -> None:
     everything = (1 << 64) - 1
-    assert doctor.features_check(everything).result == "passed"
-    check = doctor.features_check(everything & ~trial.FEATURES[missing])
+    assert kernel.features_check(everything).result == "passed"
+    check = kernel.features_check(everything & ~trial.FEATURES[missing])
     assert results([check]) == {"userfaultfd's features": "failed"}
     assert check.seen == f"it lacks {missing}"
 
 
 def test_a_wrong_probe_is_a_failure() -> None:
-    checks = doctor.outcome_checks(
+    checks = kernel.outcome_checks(
         "shm", "mend", [Outcome("a", True, "x"), Outcome("b", False, "y")]
     )
     assert checks == [Check("shm: a", "passed", "x"), Check("shm: b", "failed", "y", "mend")]
@@ -247,7 +249,7 @@ def tries(monkeypatch: pytest.MonkeyPatch, free: dict[int, int], panic: Path) ->
 
     monkeypatch.setattr(probe, "free_huge_pages", lambda: free)
     monkeypatch.setattr(probe, "try_everything", try_everything)
-    monkeypatch.setattr(doctor, "HUNG_TASK_PANIC", panic)
+    monkeypatch.setattr(kernel, "HUNG_TASK_PANIC", panic)
     return tried
 
 
@@ -255,7 +257,7 @@ def test_huge_pages_are_tried_where_enough_are_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = tries(monkeypatch, {1 << 30: 9, 2 << 20: trial.HUGE_PAGES + 1}, tmp_path / "none")
-    assert results(doctor.huge_page_checks()) == {"2048 kB pages: a": "failed"}
+    assert results(kernel.huge_page_checks()) == {"2048 kB pages: a": "failed"}
     assert tried == [2 << 20]
 
 
@@ -263,7 +265,7 @@ def test_huge_pages_are_not_missed_where_none_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = tries(monkeypatch, {2 << 20: trial.HUGE_PAGES}, tmp_path / "none")
-    (check,) = doctor.huge_page_checks()
+    (check,) = kernel.huge_page_checks()
     assert check.result == "passed"
     assert "4 of 2048 kB are free" in check.seen
     assert tried == []
@@ -275,10 +277,10 @@ def test_no_deadlock_is_risked_where_it_would_end_the_host(
     panic = tmp_path / "hung_task_panic"
     panic.write_text("1\n")
     tried = tries(monkeypatch, {2 << 20: 100}, panic)
-    assert results(doctor.huge_page_checks()) == {"tracking of huge pages": "warning"}
+    assert results(kernel.huge_page_checks()) == {"tracking of huge pages": "warning"}
     assert tried == []
     panic.write_text("0\n")
-    assert results(doctor.huge_page_checks()) == {"2048 kB pages: a": "failed"}
+    assert results(kernel.huge_page_checks()) == {"2048 kB pages: a": "failed"}
 
 
 # -- the host -----------------------------------------------------------------------------------
@@ -288,8 +290,8 @@ def test_no_deadlock_is_risked_where_it_would_end_the_host(
     ("capabilities", "expected"), [("000001ffffffffff", "passed"), ("fffffffffff7ffff", "warning")]
 )
 def test_whose_processes(capabilities: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "proc_status", lambda _: {"CapEff": capabilities})
-    assert results([doctor.permission_check()]) == {"other users' processes": expected}
+    monkeypatch.setattr(host, "proc_status", lambda _: {"CapEff": capabilities})
+    assert results([host.permission_check()]) == {"other users' processes": expected}
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -298,15 +300,16 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize(("free", "expected"), [(4 << 30, "passed"), (64 << 20, "warning")])
 def test_room_in_shared_memory(free: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(8 << 30, (8 << 30) - free, free))
-    check = doctor.shared_memory_check()
+    check = host.shared_memory_check()
     assert results([check]) == {"/dev/shm": expected}
     assert "of 8.0 GiB are free" in check.seen
 
 
 def test_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SHM", str(tmp_path / "shm"))
-    assert results([doctor.shared_memory_check()]) == {str(tmp_path / "shm"): "warning"}
-    assert results(doctor.tracing_checks()) == {"ptrace": "failed"}
+    for module in (host, kernel):
+        monkeypatch.setattr(module, "SHM", str(tmp_path / "shm"))
+    assert results([host.shared_memory_check()]) == {str(tmp_path / "shm"): "warning"}
+    assert results(kernel.tracing_checks()) == {"ptrace": "failed"}
 
 
 # -- patience -----------------------------------------------------------------------------------
@@ -316,11 +319,11 @@ def test_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_takes_long_is_said(
     takes_s: float, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(examine, "_PATIENCE_S", 0.1)
     told: list[str] = []
 
     async def body() -> None:
-        assert await doctor._patiently("it", asyncio.sleep(takes_s, "result"), told.append) == (
+        assert await examine._patiently("it", asyncio.sleep(takes_s, "result"), told.append) == (
             "result"
         )
         await asyncio.sleep(0.2)
@@ -333,7 +336,7 @@ def test_a_kernel_that_is_able_in_the_second_best_way() -> None:
     failed = Check("tracking: holes", "failed", "missed", "a newer kernel")
     other = Check("QEMU", "failed", "none", "install it")
     answered = Check("answered faults", "passed", "all")
-    assert doctor.able(doctor.soften([failed, answered]))
-    assert not doctor.able(doctor.soften([failed]))
-    assert not doctor.able(doctor.soften([failed, replace(answered, result="warning")]))
-    assert not doctor.able(doctor.soften([other, answered]))
+    assert results_of.able(kernel.soften([failed, answered]))
+    assert not results_of.able(kernel.soften([failed]))
+    assert not results_of.able(kernel.soften([failed, replace(answered, result="warning")]))
+    assert not results_of.able(kernel.soften([other, answered]))
