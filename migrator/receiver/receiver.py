@@ -10,26 +10,21 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 from migrator.aio import in_thread
 from migrator.errors import LinkError, LinkLost, MigratorError, WireError
 from migrator.link import envelope
 from migrator.link.connection import Connection
-from migrator.link.messages import Go, Greeting, Load, Open, Parting, Room, State, parse
+from migrator.link.messages import Greeting, State
 from migrator.migration.destination import LocalDestination
-from migrator.preflight.waiting import blocks_of
-from migrator.receiver.deposition import Opened
 from migrator.receiver.door import Door, refusal
 from migrator.receiver.incoming import Incoming, Outcome
+from migrator.receiver.steps import Step, Steps, cannot_go_on
 from migrator.receiver.witness import Witness
-from migrator.transport.arrivals import Arrivals, Target, reserve_at
-from migrator.transport.space import Shortage, to_run
+from migrator.transport.arrivals import Arrivals
 from tracker.errors import TrackerError
-from tracker.memory.ram import RamBlock
 
 _STRANGERS = 64  # connections for messages on which nothing was opened
 PATIENCE_S = 300.0
@@ -63,16 +58,18 @@ class Receiver:
         ours: str | None = None,
         witness: Witness | None = None,
     ) -> None:
-        self._witness = witness
-        self._patience_s = patience_s
         self._ours = ours
         self._destination = destination
         self._context = context
         self._peer = peer
         self._say = say
-        self._migration: Incoming | None = None
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._strangers: list[Connection] = []
+        self._steps = Steps(destination, patience_s, say, self._is_known, self._finish, witness)
+
+    @property
+    def _migration(self) -> Incoming | None:
+        return self._steps.migration
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -163,7 +160,7 @@ class Receiver:
         try:
             migration = self._mine(connection, said)
             if migration.state is not State.OPEN:
-                raise _cannot_go_on(migration)
+                raise cannot_go_on(migration)
         except LinkError as error:
             await connection.send({"no": error.reason})
             return False
@@ -179,30 +176,17 @@ class Receiver:
 
     async def _obey(self, connection: Connection) -> bool:
         """Say yes; then do what the source asks, one thing after the other."""
-        steps: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
-            "ping": self._ping,
-            "look": self._look,
-            "open": self._open,
-            "reserve": self._reserve,
-            "room": self._room,
-            "prepare": self._prepare,
-            "begin-loading": self._begin_loading,
-            "look-anew": self._look_anew,
-            "load": self._load,
-            "go": self._go,
-            "abort": self._abort,
-            "bye": self._bye,
-        }
         try:
             await connection.send({})
             while True:
                 said, blob = await self._next(connection)
-                step = steps.get(str(said.get("do")))
+                name = str(said.get("do"))
+                step = self._steps.by_name.get(name)
                 if step is None:
                     raise WireError(connection.peer, "asks for something unknown")
-                answer = await self._answer(connection, step, said, blob)
+                answer = await self._answer(connection, name, step, said, blob)
                 await connection.send(answer)
-                if step in (self._abort, self._bye) and answer == {}:
+                if name in ("abort", "bye") and answer == {}:
                     if self._controls(connection):
                         self._finish()
                     return False
@@ -217,7 +201,7 @@ class Receiver:
         :raise LinkLost: the source has neither said nor sent anything for too long
         """
         migration = self._migration if self._controls(connection) else None
-        patience_s = self._patience_s if migration is not None else _IDLE_S
+        patience_s = self._steps.patience_s if migration is not None else _IDLE_S
         blob = envelope.STATE_LIMIT if migration is not None else 0
         receiving = asyncio.ensure_future(connection.receive(blob=blob))
         try:
@@ -237,7 +221,8 @@ class Receiver:
     async def _answer(
         self,
         connection: Connection,
-        step: Callable[..., Coroutine[Any, Any, dict[str, Any]]],
+        name: str,
+        step: Step,
         said: dict[str, Any],
         blob: bytes,
     ) -> dict[str, Any]:
@@ -247,7 +232,7 @@ class Receiver:
             while not (await asyncio.wait([work], timeout=_BUSY_S))[0]:
                 await connection.send({"busy": True})
         except BaseException:
-            if step != self._go:  # which settles what it began
+            if name != "go":  # which settles what it began
                 work.cancel()
             raise
         try:
@@ -258,135 +243,6 @@ class Receiver:
             return {"no": f"cannot make sense of what was asked: {error!r}"}
         except (MigratorError, TrackerError, OSError) as error:
             return {"vm": str(error)}
-
-    # -- steps ----------------------------------------------------------------------------------
-
-    async def _ping(self, *_: Any) -> dict[str, Any]:
-        return {}
-
-    async def _look(self, *_: Any) -> dict[str, Any]:
-        if self._migration is not None:
-            raise LinkError("receiver", "another migration is being received here")
-        return {"side": (await self._destination.look()).to_json()}
-
-    async def _open(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
-        if self._migration is not None:
-            raise LinkError("receiver", "another migration is being received here")
-        wanted_open = parse(Open, said, control.peer)
-        # how long it is waited for is not for the source alone to say
-        reconnect_s = min(wanted_open.reconnect_s, self._patience_s)
-        silence_s = min(wanted_open.silence_s, self._patience_s)
-        qmp = self._destination.qmp
-        by_name = {block.name: block for block in await blocks_of(qmp)}
-        names = wanted_open.blocks
-        if len(set(names)) < len(names) or not set(names) <= set(by_name):
-            raise LinkError("receiver", "has no such RAM blocks, each of another name")
-        wanted = [by_name[name] for name in names]
-        targets = await in_thread(_open_all, qmp.pid, wanted)
-        if self._migration is not None:  # meanwhile
-            _close_all(targets)
-            raise LinkError("receiver", "another migration is being received here")
-        if self._witness is not None:
-            try:
-                self._witness.opened(
-                    Opened(
-                        *(wanted_open.session, control.fingerprint, reconnect_s + silence_s),
-                        asdict(self._destination.settings),
-                    )
-                )
-            except MigratorError:
-                _close_all(targets)
-                raise
-        migration = Incoming(
-            *(wanted_open.session, targets, reconnect_s, silence_s),
-            control=control,
-            opened_by=control.fingerprint,
-            destination=self._destination,
-            say=self._say,
-            finished=self._finish,
-            witness=self._witness,
-        )
-        self._migration = migration
-        self._is_known(control)
-        control.lose_after(migration.silence_s)
-        self._say(f"a VM comes from {control.peer}")
-        return {}
-
-    def _from(self, control: Connection, *states: State) -> Incoming:
-        """The migration, if it is this connection's and in one of these states.
-
-        :raise LinkError: it is not
-        """
-        migration = self._migration
-        if migration is None or migration.control is not control:
-            raise LinkError("receiver", "no migration was opened on this connection")
-        if migration.state not in states:
-            raise _cannot_go_on(migration)
-        return migration
-
-    async def _reserve(
-        self, control: Connection, _: dict[str, Any], units: bytes
-    ) -> dict[str, Any]:
-        targets = self._from(control, State.OPEN).targets
-        return _lack(await in_thread(reserve_at, targets, units))
-
-    async def _room(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
-        targets = self._from(control, State.OPEN).targets
-        room = parse(Room, said, control.peer)
-        if len(room.held) != len(targets):
-            raise LinkError("receiver", "was told of another number of RAM blocks")
-        rooms = [target.reservation.room() for target in targets]
-        return _lack(to_run(room.held, room.growth, rooms, {}))
-
-    async def _prepare(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, State.OPEN)
-        await self._destination.prepare()
-        return {}
-
-    async def _begin_loading(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, State.OPEN)
-        await self._destination.begin_loading()
-        return {}
-
-    async def _look_anew(self, control: Connection, *_: Any) -> dict[str, Any]:
-        for target in self._from(control, State.OPEN).targets:
-            await in_thread(target.look_anew)
-        return {}
-
-    async def _load(
-        self, control: Connection, said: dict[str, Any], stream: bytes
-    ) -> dict[str, Any]:
-        migration = self._from(control, State.OPEN)
-        load = parse(Load, said, control.peer)
-        head = len(stream) - load.end
-        if head < 0:
-            raise LinkError("receiver", "a device state without an end")
-        await self._destination.load(stream[:head], stream[head:], timeout_s=load.timeout_s)
-        self._from(control, State.OPEN)
-        async with migration.attaching:
-            await in_thread(migration.hang_up)  # nothing comes on them any more
-            self._from(control, State.OPEN)
-            migration.ready()
-        self._say("all of it is here; it runs when the source says so")
-        return {}
-
-    async def _go(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
-        migration = self._from(control, State.READY)
-        go = parse(Go, said, control.peer)
-        await migration.go(run=go.run, timeout_s=go.timeout_s)
-        return migration.tell()
-
-    async def _abort(self, control: Connection, said: dict[str, Any], _: bytes) -> dict[str, Any]:
-        if self._migration is None:
-            return {}
-        migration = self._from(control, State.OPEN, State.READY, State.NEVER)
-        parting = parse(Parting, said, control.peer)
-        await migration.never(f"the source gave up: {parting.reason}")
-        return {}
-
-    async def _bye(self, control: Connection, *_: Any) -> dict[str, Any]:
-        self._from(control, State.RUNNING, State.NEVER, State.UNKNOWN)
-        return {}
 
     # -- pages ----------------------------------------------------------------------------------
 
@@ -461,23 +317,3 @@ class Receiver:
             if not said.session:
                 self._finish()  # a source may ask once more, if this answer does not arrive
         return False
-
-
-def _cannot_go_on(migration: Incoming) -> LinkError:
-    return LinkError("receiver", f"cannot go on: {migration.reason or migration.state.value}")
-
-
-def _lack(found: Shortage | None) -> dict[str, Any]:
-    return {"needed": found.needed_bytes, "free": found.free_bytes} if found else {}
-
-
-def _open_all(pid: int, blocks: Sequence[RamBlock]) -> list[Target]:
-    with ExitStack() as opened:
-        targets = [opened.enter_context(closing(Target(pid, block))) for block in blocks]
-        opened.pop_all()
-    return targets
-
-
-def _close_all(targets: Sequence[Target]) -> None:
-    for target in targets:
-        target.close()

@@ -55,7 +55,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def patient_for(directory: Path, patience_s: float) -> AsyncIterator[Place]:
     async with place(directory) as here:
-        here.receiver._patience_s = patience_s
+        here.receiver._steps.patience_s = patience_s
         yield here
 
 
