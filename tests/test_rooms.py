@@ -49,8 +49,7 @@ MAY_IMPORT = {
         link: aio choices errors
         tracking: aio errors qemu tracker.answered tracker.bits tracker.devices tracker.errors
             tracker.memory tracker.probe tracker.sources
-        transport: aio errors link report tracker.bits tracker.errors tracker.memory
-            tracker.syscalls tracker.warm
+        transport: aio errors link report tracker.bits tracker.errors tracker.memory tracker.warm
         preflight: aio errors link qemu tracking transport tracker.devices tracker.errors
             tracker.memory tracker.probe tracker.sources
         watch: aio errors harmless policy preflight qemu tracking tracker.bits tracker.errors

@@ -8,8 +8,6 @@ SIGBUS.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import socket
 import threading
@@ -32,11 +30,8 @@ from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import TrackerError
 from tracker.memory import pagehash
-from tracker.memory.extents import data_pages
-from tracker.memory.ram import RamBlock, open_file
-from tracker.syscalls import fault_in
-
-_NOWHERE = np.empty(0, np.uint8)
+from tracker.memory.mapped import Mapped
+from tracker.memory.ram import RamBlock
 
 
 class Target:
@@ -47,23 +42,21 @@ class Target:
     """
 
     def __init__(self, pid: int, block: RamBlock) -> None:
-        self._pid, self._block = pid, block
+        self._block = block
         self.nunits = block.size // UNIT
-        writable = block.is_hugetlb  # hugetlbfs takes no write(2)
-        self._file = open_file(pid, block)
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(self._file, block.size, mmap.MAP_SHARED, protection)
-        self._memory = np.frombuffer(self._map, np.uint8)
-        self._to_write = self._memory if writable else _NOWHERE
-        self._fd = -1 if writable else self._file
+        self._ram = Mapped(pid, block, writable=True)
         self._lock = threading.Lock()  # kernels change bitmap words without one
         self._filled = DirtyBitmap.empty(block.npages)
-        self.look_anew()
-        self.reservation = Reservation(self._file, block, self._present)
+        try:
+            self.look_anew()
+            self.reservation = Reservation(self._ram.fd, block, self._present)
+        except BaseException:
+            self._ram.close()
+            raise
 
     def look_anew(self) -> None:
         """See which pages the file holds."""
-        self._present = data_pages(self._pid, self._block, self._file)
+        self._present = self._ram.data()
 
     def pages(self, units: NDArray[np.uint64]) -> DirtyBitmap:
         """Pages of which any unit is set.
@@ -87,15 +80,15 @@ class Target:
 
         :raise OSError: the file system is full, for one
         """
-        block = self._block
+        ram, block = self._ram, self._block
         with self._lock:
             present = self._present.words
             error = run_loops.clear(
-                runs, self._memory, self._to_write, self._fd, block.page_size, present
+                runs, ram.memory, ram.write_to, ram.write_fd, block.page_size, present
             )
             if not error and len(content):
                 error = run_loops.put(
-                    content, runs, self._to_write, self._fd, block.page_size, present
+                    content, runs, ram.write_to, ram.write_fd, block.page_size, present
                 )
                 if block.is_hugetlb:
                     units = np.zeros((self.nunits + 63) // 64, np.uint64)
@@ -114,9 +107,7 @@ class Target:
         if not self._block.is_hugetlb:
             return
         with self._lock:
-            pages = (self._filled & self._present).pages()
-            addresses = self._block.hva + pages * self._block.page_size
-            fault_in(self._pid, addresses.astype(np.uint64))
+            self._ram.fault_in(self._filled & self._present)
             self._filled.clear()
 
     def digests(self, kind: Kind, runs: Runs, seed: int) -> NDArray[np.uint64]:
@@ -124,7 +115,7 @@ class Target:
         first = int(runs[0, 0]) & ~63
         last = int(runs[-1, 0] + (runs[-1, 1] >> np.uint64(1)))
         nunits = min((last + 63) & ~63, self.nunits) - first
-        memory = self._memory[first * UNIT : (first + nunits) * UNIT]
+        memory = self._ram.memory[first * UNIT : (first + nunits) * UNIT]
         held = self._units()[first // 64 : (first + nunits + 63) // 64]
         selected = np.zeros((nunits + 63) // 64, np.uint64)
         shifted = runs.copy()
@@ -149,11 +140,7 @@ class Target:
     def close(self) -> None:
         """Unmap it. No thread may use it any more."""
         self.reservation.let_go()
-        self._memory = self._to_write = _NOWHERE
-        # a view that an error's frames keep lives a little longer, and the mapping with it
-        with contextlib.suppress(BufferError):
-            self._map.close()
-        os.close(self._file)
+        self._ram.close()
 
 
 def reserve_at(targets: Sequence[Target], units: bytes) -> Shortage | None:

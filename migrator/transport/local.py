@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migrator.aio import ended, in_thread, settle
 from migrator.errors import NoSpace
@@ -25,69 +23,55 @@ from migrator.transport.reservation import (
 from migrator.transport.space import Growth, Room, growth_bytes, margins, room_of, to_hold, to_run
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.pageset import PageSet
-from tracker.memory.extents import data_pages
+from tracker.memory.mapped import Mapped
 from tracker.memory.pages import compare_pages, copy_pages, punch_pages, zero_pages
-from tracker.memory.ram import RamBlock, open_file
-from tracker.syscalls import fault_in
+from tracker.memory.ram import RamBlock
 
 _T = TypeVar("_T")
 _PART_WORDS = 256  # 16384 pages between two looks at whether to stop
 _THREADS = min(4, os.cpu_count() or 1)
-_NOWHERE = np.empty(0, np.uint8)
 
 
 class _Pair:
-    """One block at both sides."""
+    """One block at both sides, mapped.
 
-    def __init__(
-        self, source_pid: int, source: RamBlock, destination_pid: int, destination: RamBlock
-    ) -> None:
-        self.source_pid, self.source = source_pid, source
-        self.destination_pid, self.destination = destination_pid, destination
-        self._reservation: Reservation | None = None
-        self._fds: list[int] = []
-        self._maps: list[mmap.mmap] = []
+    :ivar present: pages that the destination's file holds
+    :ivar reservation: pages allocated there
+    """
 
-    def open(self) -> None:
-        writable = self.destination.is_hugetlb  # hugetlbfs takes no write(2)
-        self.source_fd, self.from_memory = self._map(self.source_pid, self.source, mmap.PROT_READ)
-        self.fd, self.to_memory = self._map(
-            self.destination_pid,
-            self.destination,
-            mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
-        )
-        self.present = self.destination_data()
-        self._reservation = Reservation(self.fd, self.destination, self.present)
-        self.write_to = self.to_memory if writable else _NOWHERE
-        self.write_fd = -1 if writable else self.fd
+    def __init__(self, source: Mapped, destination: Mapped) -> None:
+        self.source, self.destination = source, destination
+        self.present = destination.data()
+        self.reservation = Reservation(destination.fd, destination.block, self.present)
+
+    @classmethod
+    def open(
+        cls, source_pid: int, source: RamBlock, destination_pid: int, destination: RamBlock
+    ) -> _Pair:
+        ours = Mapped(source_pid, source)
+        try:
+            theirs = Mapped(destination_pid, destination, writable=True)
+            try:
+                return cls(ours, theirs)
+            except BaseException:
+                theirs.close()
+                raise
+        except BaseException:
+            ours.close()
+            raise
 
     @property
-    def reservation(self) -> Reservation:
-        """The pages allocated at the destination, once it is open."""
-        assert self._reservation is not None
-        return self._reservation
+    def name(self) -> str:
+        return self.source.block.name
 
-    def _map(self, pid: int, block: RamBlock, protection: int) -> tuple[int, NDArray[np.uint8]]:
-        fd = open_file(pid, block)
-        self._fds.append(fd)
-        mapped = mmap.mmap(fd, block.size, mmap.MAP_SHARED, protection)
-        self._maps.append(mapped)
-        return fd, np.frombuffer(mapped, np.uint8)
-
-    def source_data(self) -> DirtyBitmap:
-        return data_pages(self.source_pid, self.source, self.source_fd)
-
-    def destination_data(self) -> DirtyBitmap:
-        return data_pages(self.destination_pid, self.destination, self.fd)
+    @property
+    def page_size(self) -> int:
+        return self.source.block.page_size
 
     def close(self) -> None:
-        if self._reservation is not None:
-            self._reservation.let_go()
-        self.from_memory = self.to_memory = self.write_to = _NOWHERE
-        while self._maps:
-            self._maps.pop().close()
-        while self._fds:
-            os.close(self._fds.pop())
+        self.reservation.let_go()
+        self.source.close()
+        self.destination.close()
 
 
 class LocalCopy:
@@ -106,13 +90,13 @@ class LocalCopy:
         destination_pid: int,
         destination: Sequence[RamBlock],
     ) -> None:
-        self._pairs = [
-            _Pair(source_pid, ours, destination_pid, theirs)
+        self._sides = [
+            (source_pid, ours, destination_pid, theirs)
             for ours, theirs in zip(source, destination, strict=True)
         ]
+        self._pairs: list[_Pair] = []
         self._sent_pages = 0
         self._stop = False
-        self._is_open = False
         self._growth = Growth()
 
     @property
@@ -131,9 +115,8 @@ class LocalCopy:
         await self._stoppable(self._reserve)
 
     def _open(self) -> None:
-        for pair in self._pairs:
-            pair.open()
-        self._is_open = True
+        for side in self._sides:
+            self._pairs.append(_Pair.open(*side))
 
     # -- space ----------------------------------------------------------------------------------
 
@@ -145,19 +128,19 @@ class LocalCopy:
             found = to_hold([room.allocated_bytes for room in source], destination, margins(source))
             return no_space_to_hold(found) if found else None
 
-        held = [pair.source_data() for pair in self._pairs]
+        held = [pair.source.data() for pair in self._pairs]
         reserve_all([pair.reservation for pair in self._pairs], held, look)
 
     def _rooms(self) -> tuple[list[Room], list[Room]]:
         return (
-            [room_of(pair.source_fd, pair.source) for pair in self._pairs],
+            [room_of(pair.source.fd, pair.source.block) for pair in self._pairs],
             [pair.reservation.room() for pair in self._pairs],
         )
 
     def shortage(self) -> NoSpace | None:
         """See :meth:`migrator.transport.Transport.shortage`."""
-        ours = {pair.source.device for pair in self._pairs}
-        if not self._is_open or ours.isdisjoint(pair.destination.device for pair in self._pairs):
+        ours = {pair.source.block.device for pair in self._pairs}
+        if ours.isdisjoint(pair.destination.block.device for pair in self._pairs):
             return None
         source, destination = self._rooms()
         held = [room.allocated_bytes for room in source]
@@ -180,7 +163,7 @@ class LocalCopy:
         await in_thread(self._give_back)
 
     def _give_back(self) -> None:
-        for pair in self._pairs if self._is_open else ():
+        for pair in self._pairs:
             pair.reservation.give_back()
 
     # -- pages ----------------------------------------------------------------------------------
@@ -211,27 +194,25 @@ class LocalCopy:
     def _send(self, dirty: PageSet, data: PageSet) -> Sent:
         sent, undelivered = Sent(), PageSet.empty(dirty.blocks)
         for pair in self._pairs:
-            name = pair.source.name
+            name = pair.name
             error = self._send_block(pair, dirty[name], data[name], sent)
             if error:
                 sent.error = OSError(error, f"writing RAM {name!r}: {os.strerror(error)}")
                 # of a slice that failed half way nothing is known: the block is owed whole
                 undelivered[name].add(dirty[name])
                 sent.undelivered = undelivered
-                if not pair.destination.is_hugetlb:
+                if not pair.destination.block.is_hugetlb:
                     # it has pages that were not written; reading those is SIGBUS on a full tmpfs
-                    pair.present = pair.destination_data()
+                    pair.present = pair.destination.data()
         return sent
 
     @staticmethod
     def _map_at_destination(pair: _Pair, dirty: DirtyBitmap) -> None:
         """Let QEMU map what we filled: its page tables are what tells data from holes."""
-        pages = (dirty & pair.present).pages()
-        block = pair.destination
-        fault_in(pair.destination_pid, (block.hva + pages * block.page_size).astype(np.uint64))
+        pair.destination.fault_in(dirty & pair.present)
 
     def _send_block(self, pair: _Pair, dirty: DirtyBitmap, data: DirtyBitmap, sent: Sent) -> int:
-        page_size = pair.source.page_size
+        page_size = pair.page_size
         discarded = dirty - data
         holes = discarded.count()
         self._sent_pages += holes  # for whoever watches: they take no time
@@ -240,9 +221,9 @@ class LocalCopy:
             if self._stop:
                 return 0  # nobody will read what came of it
             copied, zeros, error = copy_pages(
-                pair.from_memory,
-                pair.write_to,
-                pair.write_fd,
+                pair.source.memory,
+                pair.destination.write_to,
+                pair.destination.write_fd,
                 page_size,
                 dirty.words,
                 data.words,
@@ -265,7 +246,7 @@ class LocalCopy:
             error = pair.reservation.discard(discarded - pair.present)
             if error:
                 return error
-        if pair.destination.is_hugetlb:
+        if pair.destination.block.is_hugetlb:
             try:
                 self._map_at_destination(pair, dirty)
             except OSError as failure:
@@ -278,11 +259,11 @@ class LocalCopy:
     def _clear(pair: _Pair, cleared: DirtyBitmap) -> int:
         """Make the pages read as zeros, and holes where they did not; return an errno."""
         zeros = DirtyBitmap.empty(cleared.npages)
-        page_size = pair.destination.page_size
+        page_size = pair.page_size
         # a destination that was preallocated keeps what is zero already
-        zero_pages(pair.to_memory, page_size, cleared.words, zeros.words)
+        zero_pages(pair.destination.memory, page_size, cleared.words, zeros.words)
         punched = cleared - zeros
-        error = punch_pages(pair.fd, page_size, punched.words)
+        error = punch_pages(pair.destination.fd, page_size, punched.words)
         if not error:
             pair.present = pair.present - punched
         return int(error)
@@ -303,9 +284,9 @@ class LocalCopy:
     def _changed(self, pages: PageSet, data: PageSet) -> PageSet:
         found = {}
         for pair in self._pairs:
-            asked = pages[pair.source.name]
-            ours, theirs = data[pair.source.name] & asked, pair.present & asked
-            found[pair.source.name] = self._differing(pair, ours, theirs)
+            asked = pages[pair.name]
+            ours, theirs = data[pair.name] & asked, pair.present & asked
+            found[pair.name] = self._differing(pair, ours, theirs)
         return PageSet(pages.blocks, found)
 
     def _differing(self, pair: _Pair, ours: DirtyBitmap, theirs: DirtyBitmap) -> DirtyBitmap:
@@ -315,9 +296,9 @@ class LocalCopy:
         def compare(part: tuple[int, int]) -> None:
             if not self._stop:
                 compare_pages(
-                    pair.from_memory,
-                    pair.to_memory,
-                    pair.source.page_size,
+                    pair.source.memory,
+                    pair.destination.memory,
+                    pair.page_size,
                     ours.words,
                     theirs.words,
                     differing.words,
@@ -336,7 +317,7 @@ class LocalCopy:
         pages = mismatched = 0
         for pair in self._pairs:
             # looked up anew: what was kept while sending is not to vouch for itself
-            ours, theirs = pair.source_data(), pair.destination_data()
+            ours, theirs = pair.source.data(), pair.destination.data()
             mismatched += self._differing(pair, ours, theirs).count()
             pages += ours.npages
         return Comparison(pages, mismatched)
@@ -346,9 +327,8 @@ class LocalCopy:
         await in_thread(self._close)
 
     def _close(self) -> None:
-        self._is_open = False
-        for pair in self._pairs:
-            pair.close()
+        while self._pairs:
+            self._pairs.pop().close()
 
 
 def _parts(pages: DirtyBitmap) -> Iterator[tuple[int, int]]:

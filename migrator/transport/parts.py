@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 import queue
 import threading
 from collections.abc import Sequence
@@ -16,7 +13,8 @@ from numpy.typing import NDArray
 from migrator.transport.runs import UNIT
 from tracker.bits import rescale
 from tracker.bits.bitmap import DirtyBitmap
-from tracker.memory.ram import RamBlock, open_file
+from tracker.memory.mapped import Mapped
+from tracker.memory.ram import RamBlock
 
 PART_UNITS = 16384
 """Units of a part: what one thread takes at once."""
@@ -31,20 +29,17 @@ class Part:
     last: int
 
 
-class Ram:
+class Ram(Mapped):
     """One block of the source, in units.
 
-    :ivar memory: of the whole block, not to be written
+    :ivar nunits: how many
     :raise OSError: its file cannot be opened or mapped
     :raise RamError: its file is not what it was
     """
 
     def __init__(self, pid: int, block: RamBlock) -> None:
-        self.pid, self.block = pid, block
+        super().__init__(pid, block)
         self.nunits = block.size // UNIT
-        self.fd = open_file(pid, block)
-        self._map = mmap.mmap(self.fd, block.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        self.memory = np.frombuffer(self._map, np.uint8)
 
     def units(self, pages: DirtyBitmap) -> NDArray[np.uint64]:
         """A bit a unit."""
@@ -68,14 +63,6 @@ class Ram:
             Part(index, int(s) * 64, min(int(s) * 64 + PART_UNITS, self.nunits))
             for s in starts[some]
         ]
-
-    def close(self) -> None:
-        """Unmap it. No thread may use it any more."""
-        self.memory = np.empty(0, np.uint8)
-        # a view that an error's frames keep lives a little longer, and the mapping with it
-        with contextlib.suppress(BufferError):
-            self._map.close()
-        os.close(self.fd)
 
 
 @dataclass

@@ -35,7 +35,6 @@ from tracker.bits import words as kernels
 from tracker.bits.bitmap import DirtyBitmap, pages_of
 from tracker.bits.pageset import PageSet
 from tracker.memory import pagehash
-from tracker.memory.extents import data_pages
 from tracker.memory.ram import RamBlock
 
 _STANDING_S = 30.0  # a guest does not stand longer for a sending
@@ -102,9 +101,7 @@ class StreamCopy:
     # -- space ----------------------------------------------------------------------------------
 
     async def _reserve(self) -> None:
-        held = await in_thread(
-            lambda: [ram.units(data_pages(ram.pid, ram.block, ram.fd)) for ram in self._rams]
-        )
+        held = await in_thread(lambda: [ram.units(ram.data()) for ram in self._rams])
         answer = await self._session.ask("reserve", b"".join(units.tobytes() for units in held))
         lack = self._lack(answer)
         if lack is not None:
@@ -321,9 +318,7 @@ class StreamCopy:
         :raise OSError, RamError: the source cannot be read
         """
         await self._session.ask("look-anew")
-        held = await in_thread(
-            lambda: [ram.units(data_pages(ram.pid, ram.block, ram.fd)) for ram in self._rams]
-        )
+        held = await in_thread(lambda: [ram.units(ram.data()) for ram in self._rams])
         found = [np.zeros_like(units) for units in held]
         every = [ram.units(DirtyBitmap.full(ram.block.npages)) for ram in self._rams]
         seed = pagehash.new_seed()

@@ -218,11 +218,11 @@ def compared_with(a: bytes) -> Callable[..., Coroutine[Any, Any, PageSet]]:
         **_: bool,
     ) -> PageSet:
         (pair,) = transport._pairs
-        memory = pair.from_memory[SPOT : SPOT + len(a)].reshape(PAGES, 4096)
+        memory = pair.source.memory[SPOT : SPOT + len(a)].reshape(PAGES, 4096)
         unchanged = np.flatnonzero((memory == once_were).all(axis=1)) + SPOT // 4096
-        asked = pages[pair.source.name]
+        asked = pages[pair.name]
         found = DirtyBitmap.from_pages(asked.npages, unchanged)
-        return PageSet(pages.blocks, {pair.source.name: asked - found})
+        return PageSet(pages.blocks, {pair.name: asked - found})
 
     return changed
 

@@ -12,8 +12,6 @@ hold.
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,9 +19,9 @@ from numpy.typing import NDArray
 
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.errors import BitmapError
-from tracker.memory.extents import data_pages
+from tracker.memory.mapped import Mapped
 from tracker.memory.pagehash import Digests, new_seed, selected_digests
-from tracker.memory.ram import RamBlock, open_file
+from tracker.memory.ram import RamBlock
 
 
 class Copies:
@@ -42,8 +40,7 @@ class Copies:
         self._copied = copied
         self._blocks = {block.name: block for block in blocks}
         self.seed = new_seed()
-        self._fds: dict[str, int] = {}
-        self._memory: dict[str, NDArray[np.uint8]] = {}
+        self._rams: dict[str, Mapped] = {}
         self._digests: dict[str, Digests] = {}
         self._known: dict[str, NDArray[np.bool_]] = {}
 
@@ -54,9 +51,7 @@ class Copies:
         :raise RamError: the process holds no descriptor of a file
         """
         for name, block in self._blocks.items():
-            fd = self._fds[name] = open_file(self._pid, block)
-            ram = mmap.mmap(fd, block.size, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._memory[name] = np.frombuffer(ram, np.uint8)
+            self._rams[name] = Mapped(self._pid, block)
             self._digests[name] = np.zeros(block.npages, np.uint64)
             self._known[name] = np.zeros(block.npages, np.bool_)
 
@@ -72,12 +67,12 @@ class Copies:
         """
         if not pages.any():
             return DirtyBitmap.empty(pages.npages)
-        block, fd = self._blocks[name], self._fds[name]
-        data = data_pages(self._pid, block, fd).words
+        ram = self._rams[name]
+        data = ram.data().words
         numbers = pages.pages()
         now = np.empty(len(numbers), np.uint64)
-        memory, words = self._memory[name], pages.words
-        selected_digests(memory, block.page_size, words, data, self.seed, now, 0, len(words))
+        memory, words = ram.memory, pages.words
+        selected_digests(memory, ram.block.page_size, words, data, self.seed, now, 0, len(words))
         known = self._known[name]
         found = numbers[(now != self._digests[name][numbers]) | ~known[numbers]]
         if self._copied:
@@ -112,6 +107,5 @@ class Copies:
 
     def close(self) -> None:
         """Let go of the files. May be called again."""
-        self._memory.clear()  # nobody else has an array of a mapping: it ends here
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._rams:
+            self._rams.popitem()[1].close()
