@@ -100,8 +100,11 @@ class Rig:
                 streams=case.connections,
             )
             self._far.begin(
-                *(streaming.receive, keys[1] if keys else None),
-                *(self._destination, self._size, case.connections),
+                streaming.receive,
+                keys[1] if keys else None,
+                self._destination,
+                self._size,
+                case.connections,
             )
             self._near.begin(streaming.send, link, source, case.shape)
         else:

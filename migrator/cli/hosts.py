@@ -152,7 +152,8 @@ def receive(
 
         async def until_decided() -> Received:
             received = await do_receive(
-                *(listen, destination or list(command)),
+                listen,
+                destination or list(command),
                 keys=keys,
                 peer=peer,
                 say=say,
@@ -274,7 +275,10 @@ def send(
     with Display() as display:
         conclude(
             lambda watch: do_migrate(source, link, options, watch=watch),
-            *(f"{source} → {host}:{port}", display, as_json, page),
+            what=f"{source} → {host}:{port}",
+            display=display,
+            as_json=as_json,
+            page=page,
         )
 
 

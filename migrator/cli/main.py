@@ -199,7 +199,10 @@ def migrate(
     with Display() as display:
         conclude(
             lambda watch: do_migrate(source, destination, options, watch=watch),
-            *(f"{source} → {destination}", display, as_json, page),
+            what=f"{source} → {destination}",
+            display=display,
+            as_json=as_json,
+            page=page,
         )
 
 
@@ -251,5 +254,8 @@ def _run_config(config: Config, what: str, here: Path, as_json: bool, page: Path
             lambda watch: do_run(
                 config, here=here, say=display.say, watch=watch, dirty_map=page is not None
             ),
-            *(what, display, as_json, page),
+            what=what,
+            display=display,
+            as_json=as_json,
+            page=page,
         )

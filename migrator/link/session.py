@@ -69,7 +69,9 @@ class Link:
             context = load(Path(self.tls)).client_context(self.peer)
         wanted = self.peer or self.host
         connection = await Connection.connect(
-            *(self.host, self.port, context),
+            self.host,
+            self.port,
+            context,
             server_name=self.host if wanted.startswith("sha256:") else wanted,
             wanted=wanted,
             timeout_s=timeout_s,

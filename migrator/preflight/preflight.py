@@ -253,5 +253,6 @@ def _warn_of_growth(here: Sequence[Room], there: Sequence[Room], kept: Mapping[i
             _log.warning(
                 "source and destination share a file system with %d MiB left, and both may come "
                 "to need %d MiB of it: the migration is given up if the guest touches too much",
-                *(free >> 20, most >> 20),
+                free >> 20,
+                most >> 20,
             )

@@ -115,7 +115,10 @@ async def receive(
         witness = Witness(Post(path, qmp.pid, directory, keys, peer), listener)
         stack.callback(witness.dismiss)
         receiver = Receiver(
-            *(destination, context, peer, say),
+            destination,
+            context,
+            peer,
+            say,
             patience_s=patience_s,
             ours=credentials.fingerprint() if credentials is not None else None,
             witness=witness,

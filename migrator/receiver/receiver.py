@@ -266,7 +266,10 @@ class Receiver:
             await connection.send({"round": applied[0], "frames": applied[1]})
             loop = asyncio.get_running_loop()
             arrivals = Arrivals(
-                *(connection.for_thread(), connection.peer, migration.targets, number),
+                connection.for_thread(),
+                connection.peer,
+                migration.targets,
+                round_number=number,
                 spoilt=lambda why: loop.call_soon_threadsafe(migration.spoil, why),
             )
             migration.attach(index, arrivals)

@@ -96,15 +96,20 @@ class Steps:
             try:
                 self._witness.opened(
                     Opened(
-                        *(wanted_open.session, control.fingerprint, reconnect_s + silence_s),
-                        asdict(self._destination.settings),
+                        token=wanted_open.session,
+                        opened_by=control.fingerprint,
+                        wait_s=reconnect_s + silence_s,
+                        settings=asdict(self._destination.settings),
                     )
                 )
             except MigratorError:
                 _close_all(targets)
                 raise
         migration = Incoming(
-            *(wanted_open.session, targets, reconnect_s, silence_s),
+            wanted_open.session,
+            targets,
+            reconnect_s,
+            silence_s,
             control=control,
             opened_by=control.fingerprint,
             destination=self._destination,

@@ -94,7 +94,13 @@ class Target:
                     units = np.zeros((self.nunits + 63) // 64, np.uint64)
                     run_loops.mark(runs, units)
                     rescale.spread(
-                        *(units, 0, self.nunits, UNIT, self._filled.words, block.page_size, 0)
+                        units,
+                        0,
+                        self.nunits,
+                        UNIT,
+                        self._filled.words,
+                        block.page_size,
+                        0,
                     )
         if error:
             raise OSError(error, f"writing RAM {block.name!r}: {os.strerror(error)}")

@@ -124,7 +124,8 @@ def reserve_all(
                     _log.warning(
                         "the file system of RAM %r reserves nothing (%s): if it fills up, the "
                         "migration fails while it copies",
-                        *(reservation.block.name, os.strerror(error)),
+                        reservation.block.name,
+                        os.strerror(error),
                     )
                     break
                 if error in (errno.ENOSPC, errno.EDQUOT):

@@ -103,7 +103,11 @@ class Stream:
         else:
             error = run_loops.send(
                 self.socket.fileno(),
-                *(head, ram.memory.ctypes.data, ram.nunits, runs, self._vectors),
+                head,
+                ram.memory.ctypes.data,
+                ram.nunits,
+                runs,
+                self._vectors,
             )
             if error:
                 raise LinkLost(self._peer, os.strerror(error))

@@ -295,8 +295,14 @@ class StreamCopy:
         selected = asked[part.block][words]
         ours = np.empty(part.last - part.first, np.uint64)
         count = pagehash.selected_digests(
-            *(self._memory(part), UNIT, selected, held[part.block][words], seed),
-            *(ours, 0, len(selected)),
+            self._memory(part),
+            UNIT,
+            selected,
+            held[part.block][words],
+            seed,
+            ours,
+            0,
+            len(selected),
         )
         starts, lengths = kernels.runs(selected)
         runs = np.empty((len(starts), 2), np.uint64)
@@ -348,7 +354,13 @@ class StreamCopy:
         words = slice(part.first // 64, (part.last + 63) // 64)
         digests = np.empty(nunits, np.uint64)
         pagehash.page_digests(
-            *(self._memory(part), UNIT, held[part.block][words], seed, digests, 0, nunits)
+            self._memory(part),
+            UNIT,
+            held[part.block][words],
+            seed,
+            digests,
+            0,
+            nunits,
         )
         ours = np.empty(-(-nunits // CHUNK_UNITS), np.uint64)
         pagehash.chunk_digests(digests, CHUNK_UNITS, seed, ours)
