@@ -1,23 +1,24 @@
-"""Results as Markdown: medians, spread, and ratios of what was measured side by side."""
+"""Results in tables: medians, spread, and ratios of what was measured side by side."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from bench.parts import Part, Table
 
 _MB = 1_000_000
 
 
-def markdown(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any]) -> list[Part]:
     """All tables."""
-    parts = [
+    return [
         head(results["machine"]),
         _loops(results["transport"], results["size"]),
         _shapes(results["transport"]),
         *(_moves(results["moves"], link) for link in _links(results["moves"])),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def head(machine: dict[str, Any]) -> str:
@@ -28,12 +29,6 @@ def head(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB; "
         f"{', '.join(filter(None, software))}; revision {machine['revision']}."
     )
-
-
-def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A title, and a table with its first column to the left."""
-    lines = [title, "", f"| {' | '.join(heads)} |", f"|{'---|' + '---:|' * (len(heads) - 1)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -58,7 +53,7 @@ def ratios(entry: dict[str, Any], other: dict[str, Any]) -> list[float]:
     return [a / b for a, b in zip(_rates(entry), _rates(other), strict=True)]
 
 
-def _loops(entries: Sequence[dict[str, Any]], size: int) -> str:
+def _loops(entries: Sequence[dict[str, Any]], size: int) -> Table:
     rows = []
     for tls in (False, True):
         for connections in sorted({entry["connections"] for entry in entries}):
@@ -73,14 +68,14 @@ def _loops(entries: Sequence[dict[str, Any]], size: int) -> str:
                     *(spread(ratios(ours, loop), 2) for loop in (hot, cold)),
                 ]
             )
-    return table(
+    return Table(
         f"{size >> 20} MiB, all dirty, no zeros; MB/s.",
         ["connections", "hot loop", "file loop", "stream", "stream : hot", "stream : file"],
         rows,
     )
 
 
-def _shapes(entries: Sequence[dict[str, Any]]) -> str:
+def _shapes(entries: Sequence[dict[str, Any]]) -> Table:
     ours = [entry for entry in entries if entry["what"] == "stream"]
     rows = [
         [
@@ -90,7 +85,7 @@ def _shapes(entries: Sequence[dict[str, Any]]) -> str:
         ]
         for entry in ours
     ]
-    return table(
+    return Table(
         "The stream, by what is dirty and what is in it; MB/s.",
         ["memory, connections", "content", "guest memory"],
         rows,
@@ -111,7 +106,7 @@ def _links(entries: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(entry["link"] for entry in entries))
 
 
-def _moves(entries: Sequence[dict[str, Any]], link: str) -> str:
+def _moves(entries: Sequence[dict[str, Any]], link: str) -> Table:
     some = [entry for entry in entries if entry["link"] == link]
     rows = [
         [
@@ -128,7 +123,7 @@ def _moves(entries: Sequence[dict[str, Any]], link: str) -> str:
     ]
     limit = some[0]["downtime_limit_ms"]
     heads = ["total s", "downtime ms", "longest gap ms", "MB sent", "guest %", "rounds", "forced"]
-    return table(f"Migrations, {link}, downtime limit {limit:.0f} ms.", ["", *heads], rows)
+    return Table(f"Migrations, {link}, downtime limit {limit:.0f} ms.", ["", *heads], rows)
 
 
 def way(entry: dict[str, Any]) -> str:

@@ -65,24 +65,26 @@ MAY_IMPORT = {
     "bench": """
         __init__:
         machine:
-        tables:
+        parts: migrator.report
+        tables: parts
         hosts:
         page: migrator.report
         guests: migrator.guest
         moving: guests hosts migrator.aio migrator.cli migrator.errors migrator.qemu
-        kernels: page tables migrator.report migrator.transport tracker.bits tracker.memory
-        simulate: guests page migrator.choices migrator.errors migrator.guest migrator.migration
-            migrator.policy migrator.qemu migrator.report migrator.tracking migrator.transport
-            migrator.watch tracker.bits tracker.memory tracker.sources tracker.warm
-        strategies: guests machine page tables migrator.aio migrator.config migrator.errors
+        kernels: page parts tables migrator.report migrator.transport tracker.bits tracker.memory
+        simulate: guests page parts migrator.choices migrator.errors migrator.guest
+            migrator.migration migrator.policy migrator.qemu migrator.report migrator.tracking
+            migrator.transport migrator.watch tracker.bits tracker.memory tracker.sources
+            tracker.warm
+        strategies: guests machine page parts tables migrator.aio migrator.config migrator.errors
             migrator.qemu migrator.ranges migrator.report migrator.tracking migrator.yamlfile
             tracker.answered tracker.bits tracker.errors tracker.memory tracker.probe
             tracker.sources tracker.warm
-        stream: guests hosts machine moving page tables migrator.aio migrator.link migrator.report
-            migrator.transport tracker.bits tracker.memory
-        versus: guests hosts machine moving page tables migrator.aio migrator.errors
+        stream: guests hosts machine moving page tables migrator.aio migrator.link
+            migrator.report migrator.transport tracker.bits tracker.memory
+        versus: guests hosts machine moving page parts tables migrator.aio migrator.errors
             migrator.report
-        cli: guests hosts kernels machine page simulate strategies stream tables versus
+        cli: guests hosts kernels machine parts simulate strategies stream tables versus
             migrator.cli migrator.errors migrator.harmless migrator.policy migrator.ranges
             migrator.report migrator.watch
         """,

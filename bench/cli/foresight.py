@@ -14,6 +14,7 @@ from migrator import ranges
 from migrator.cli.shared import Number
 
 if TYPE_CHECKING:
+    from bench.parts import Part, Table
     from bench.simulate.foresight import Foreseen
 
 _WHAT = {"rounds": 1.0, "sent_bytes": 1 << 20, "downtime_ms": 1.0}
@@ -38,6 +39,7 @@ def foresight(quick: bool, runs: int, file: Path | None) -> None:
     """
     heed_sigterm()
     from bench import machine
+    from bench.parts import to_markdown
     from bench.simulate import foresight as room
     from migrator.errors import MigratorError
 
@@ -52,10 +54,10 @@ def foresight(quick: bool, runs: int, file: Path | None) -> None:
     about = machine.describe("qemu-system-x86_64")
     results = {"machine": about, "cases": list(map(asdict, found))}
     write(file, results)
-    click.echo(markdown(results), nl=False)
+    click.echo(to_markdown(parts(results)), nl=False)
 
 
-def markdown(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any]) -> list[Part]:
     """The machine, and the table; of what ``--json`` writes."""
     from bench.simulate.foresight import Foreseen, Seen
     from bench.tables import head
@@ -68,17 +70,16 @@ def markdown(results: dict[str, Any]) -> str:
         )
         for case in results["cases"]
     ]
-    return f"{head(results['machine'])}\n\n{table(found)}"
+    return [head(results["machine"]), table(found), "Predicted → was, and their ratio."]
 
 
-def table(found: Sequence[Foreseen]) -> str:
+def table(found: Sequence[Foreseen]) -> Table:
     """A table: of each the medians, predicted and actual, and whether that is close."""
     from statistics import median
 
-    lines = [
-        "| workload | policy | rounds | | MiB sent | | downtime, ms | | within 20 % |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    from bench.parts import Bad, Table
+
+    rows = []
     for one in found:
         cells = [one.workload, one.policy]
         for what, unit in _WHAT.items():
@@ -89,7 +90,7 @@ def table(found: Sequence[Foreseen]) -> str:
             cells += [f"{predicted:,.4g} → {actual:,.4g}", f"{one.ratio(what):.2f}"]
         missed = [what.split("_")[0] for what in _WHAT if not one.came_true(what)]
         missed = missed if one.same_end else ["whether it converges"]
-        cells.append("yes" if not missed else f"**not {', '.join(missed)}**")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Predicted → was, and their ratio."]
-    return "\n".join(lines) + "\n"
+        cells.append("yes" if not missed else Bad(f"not {', '.join(missed)}"))
+        rows.append(cells)
+    heads = ["workload", "policy", "rounds", "", "MiB sent", "", "downtime, ms", "", "within 20 %"]
+    return Table("", heads, rows, left=2)

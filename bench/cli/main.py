@@ -188,21 +188,23 @@ def show(file: Path) -> None:
 
 
 def _print(results: dict[str, Any]) -> None:
-    markdown: Callable[[dict[str, Any]], str]
+    from bench.parts import Part, to_markdown
+
+    parts: Callable[[dict[str, Any]], list[Part]]
     if results.get("kind") == "strategies":
-        from bench.strategies.tables import markdown
+        from bench.strategies.tables import parts
     elif results.get("kind") == "kernels":
-        from bench.kernels.tables import markdown
+        from bench.kernels.tables import parts
     elif "versus" in results:
-        from bench.versus.tables import markdown
+        from bench.versus.tables import parts
     elif "cases" in results:
-        from bench.cli.foresight import markdown
+        from bench.cli.foresight import parts
     elif "moves" in results:
-        from bench.tables import markdown
+        from bench.tables import parts
     else:
         raise click.ClickException("nothing is known of what was measured there")
 
-    click.echo(harmless(markdown(results), newline="\n"), nl=False)
+    click.echo(harmless(to_markdown(parts(results)), newline="\n"), nl=False)
 
 
 main.add_command(strategies)

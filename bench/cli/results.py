@@ -8,7 +8,7 @@ from typing import Any
 from bench import tables
 from bench.kernels import pictures as kernels
 from bench.kernels import tables as kerneltables
-from bench.page import markdown
+from bench.parts import Part, to_html
 from bench.simulate import pictures as simulate
 from bench.strategies import pictures as strategies
 from bench.strategies import tables as strategytables
@@ -18,7 +18,7 @@ from bench.versus import tables as versus_tables
 from migrator.report.page import html, style
 
 Results = dict[str, Any]
-Kind = tuple[str, Callable[[Results], Iterator[str]], Callable[[Results], str]]
+Kind = tuple[str, Callable[[Results], Iterator[str]], Callable[[Results], list[Part]]]
 """Title, what makes pictures, and what makes tables."""
 
 
@@ -32,15 +32,15 @@ def kind(results: Results) -> Kind:
     :raise UnknownResults: they are of nothing that can be drawn
     """
     if results.get("kind") == "strategies":
-        return "strategies", strategies.pictures, strategytables.markdown
+        return "strategies", strategies.pictures, strategytables.parts
     if "versus" in results:
-        return "versus QEMU", versus.pictures, versus_tables.markdown
+        return "versus QEMU", versus.pictures, versus_tables.parts
     if {"trace", "plans"} <= results.keys():
-        return "simulated migrations", simulate.pictures, simulate.tables
+        return "simulated migrations", simulate.pictures, simulate.parts
     if {"transport", "moves"} <= results.keys():
-        return "between two hosts", stream.pictures, tables.markdown
+        return "between two hosts", stream.pictures, tables.parts
     if results.get("samples") and "numpy_s" in results["samples"][0]:
-        return "kernels", kernels.pictures, kerneltables.markdown
+        return "kernels", kernels.pictures, kerneltables.parts
     raise UnknownResults("expected results of strategies, versus, simulate, stream or kernels")
 
 
@@ -60,7 +60,7 @@ def page(results: Sequence[Results]) -> str:
 
 def _section(results: Results, its: Kind) -> Iterator[str]:
     title, pictures, numbers = its
-    head, *rest = markdown.parts(numbers(results))
+    head, *rest = to_html(numbers(results))
     yield html.heading(title[0].upper() + title[1:])
     yield head
     yield from pictures(results)

@@ -137,8 +137,9 @@ def simulate(
 
     With --memory, a guest of any size: so many of the recorded one side by side, at its pace.
     """
+    from bench.parts import to_markdown
     from bench.simulate.costs import Costs, load
-    from bench.simulate.planning import markdown, plan
+    from bench.simulate.planning import plan, table
     from bench.simulate.replay import Replay, describe
     from migrator.errors import TraceError
     from migrator.policy.judge import Limits
@@ -161,7 +162,7 @@ def simulate(
     if file is not None:
         said = {"trace": about, "memory": memory, "plans": [p.to_json() for p in found]}
         file.write_text(json.dumps(said, indent=1) + "\n")
-    click.echo(markdown(found), nl=False)
+    click.echo(to_markdown([table(found)]), nl=False)
 
 
 def _told(about: Any, guest: Replay) -> str:

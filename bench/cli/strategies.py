@@ -35,9 +35,10 @@ def strategies(suite: Path, file: Path | None, page: Path | None) -> None:
     """
     heed_sigterm()
     from bench.guests.guests import GuestError
+    from bench.parts import to_markdown
     from bench.strategies import run as room
     from bench.strategies.suite import load
-    from bench.strategies.tables import markdown
+    from bench.strategies.tables import parts
     from migrator.errors import ConfigError
 
     try:
@@ -49,7 +50,7 @@ def strategies(suite: Path, file: Path | None, page: Path | None) -> None:
         _measure(wanted, results, file)
     except GuestError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(markdown(results), nl=False)
+    click.echo(to_markdown(parts(results)), nl=False)
     cli_page.write(page, results)
     if broken := room.failed(results["cells"]):
         click.secho(f"{len(broken)} cells failed", fg="red", err=True)

@@ -1,4 +1,4 @@
-"""Results of the kernels as Markdown: each beside numpy and memory, and which targets are met."""
+"""Results of the kernels in tables: each beside numpy and memory, and which targets are met."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from statistics import median
 from typing import Any
 
 from bench.kernels.work import Case
-from bench.tables import head, table
+from bench.parts import Part, Table
+from bench.tables import head
 
 _OUT_OF_CACHE_GIB = 1024  # 32 MiB a bitmap
 
 
-def markdown(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any]) -> list[Part]:
     """All tables.
 
     :param results: of ``migrator-bench kernels --json``: ``machine``, and ``samples`` as
@@ -22,20 +23,19 @@ def markdown(results: dict[str, Any]) -> str:
     for sample in results["samples"]:
         fields = {name: sample[name] for name in ("kernel", "guest_gib", "density", "sources")}
         samples.setdefault(Case(**fields), []).append(sample)
-    parts = [
+    return [
         head(results["machine"]),
-        table(
+        Table(
             "Medians. A rate counts what is read and what is written.",
             ["kernel", "guest GiB", "density", "sources", "GB/s", *_RATIOS],
             [_row(case, found) for case, found in samples.items()],
         ),
-        table(
+        Table(
             "What was aimed at, and the least of all medians.",
             ["", "target", "least", ""],
             _targets(samples),
         ),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 _RATIOS = {

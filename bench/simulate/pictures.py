@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.page import bars
 from bench.page.bars import Bar
+from bench.parts import Part
 from bench.simulate import planning
 from bench.simulate.planning import Planned
 from migrator.report.page import html, style
@@ -36,14 +37,14 @@ def pictures(results: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def tables(results: dict[str, Any]) -> str:
-    """What was recorded, and all numbers, as Markdown."""
+def parts(results: dict[str, Any]) -> list[Part]:
+    """What was recorded, and all numbers."""
     about = results["trace"]
     head = (
         f"Recorded: {about['seconds']:.1f} s of a guest of {about['guest_bytes'] / _MIB:,.0f} MiB "
         f"that wrote {about['working_set_bytes'] / _MIB:,.1f} MiB in all."
     )
-    return f"{head}\n\n{planning.markdown(_plans(results))}"
+    return [head, planning.table(_plans(results))]
 
 
 def _plans(results: dict[str, Any]) -> Sequence[Planned]:

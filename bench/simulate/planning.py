@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.parts import Bad, Table
 from bench.simulate.costs import Costs
 from bench.simulate.replay import Replay
 from bench.simulate.run import NEVER_SLOWED, Outcome, migrate
@@ -82,24 +83,22 @@ def _planned(policy: PolicyName, bytes_per_s: float, outcome: Outcome) -> Planne
     )
 
 
-def markdown(plans: Sequence[Planned]) -> str:
+def table(plans: Sequence[Planned]) -> Table:
     """A table, a line a migration."""
-    lines = [
-        "| link | policy | converges | rounds | sent | total | downtime |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for p in plans:
-        cells = [
+    rows = [
+        [
             link(p),
             p.policy,
-            "yes" if p.converges else "**no**",
+            "yes" if p.converges else Bad("no"),
             f"{p.rounds}",
             _bytes(p.sent_bytes),
             f"{p.total_ms / 1000:,.2f} s",
             f"{p.downtime_ms:,.0f} ms" if p.converges else f"({p.downtime_ms:,.0f} ms)",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for p in plans
+    ]
+    heads = ["link", "policy", "converges", "rounds", "sent", "total", "downtime"]
+    return Table("", heads, rows, left=3)
 
 
 def link(p: Planned) -> str:

@@ -1,4 +1,4 @@
-"""Results of strategies (:mod:`bench.strategies.run`) as Markdown."""
+"""Results of strategies (:mod:`bench.strategies.run`) in tables."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from bench.parts import Bad, Bullets, Part, Table
 from bench.strategies import growth
-from bench.tables import head, spread, table
+from bench.tables import head, spread
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -15,10 +16,10 @@ _MIB = 1 << 20
 Cell = dict[str, Any]
 
 
-def markdown(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any]) -> list[Part]:
     """All tables."""
     cells = results["cells"]
-    parts = [
+    return [
         head(results["machine"]),
         _matrix("Changed pages that were missed, of all that changed.", cells, _missed),
         _matrix("Of the pages that were reported, % that had changed.", cells, _precision),
@@ -28,10 +29,9 @@ def markdown(results: dict[str, Any]) -> str:
         *([_growth(results["growth"])] if results["growth"] else []),
         *_reasons(cells),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
-def _matrix(title: str, cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
+def _matrix(title: str, cells: Sequence[Cell], text: Callable[[Cell], str]) -> Table:
     """Guests by strategies."""
     strategies = list(dict.fromkeys(cell["strategy"] for cell in cells))
     guests = dict.fromkeys((cell["workload"], cell["memory"]) for cell in cells)
@@ -42,7 +42,7 @@ def _matrix(title: str, cells: Sequence[Cell], text: Callable[[Cell], str]) -> s
         }
         texts = (_text(found.get(strategy), text) for strategy in strategies)
         rows.append([f"{workload}, {memory / _GIB:g} GiB", *texts])
-    return table(title, ["guest", *strategies], rows)
+    return Table(title, ["guest", *strategies], rows)
 
 
 def _text(cell: Cell | None, text: Callable[[Cell], str]) -> str:
@@ -50,7 +50,7 @@ def _text(cell: Cell | None, text: Callable[[Cell], str]) -> str:
         return ""
     if cell["state"] == "unavailable":
         return "n/a"
-    return text(cell) if "rounds" in cell else "**failed**"
+    return text(cell) if "rounds" in cell else Bad("failed")
 
 
 def _missed(cell: Cell) -> str:
@@ -58,7 +58,7 @@ def _missed(cell: Cell) -> str:
     if cell["usage"] is None:
         return f"({changed:,} changed)"
     missed = sum(round_["missed"] for round_ in cell["rounds"])
-    return f"**{missed:,} of {changed:,}**" if missed else f"0 of {changed:,}"
+    return Bad(f"{missed:,} of {changed:,}") if missed else f"0 of {changed:,}"
 
 
 def _precision(cell: Cell) -> str:
@@ -80,7 +80,7 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
 # -- what it costs the host ---------------------------------------------------------------------
 
 
-def _costs(cells: Sequence[Cell]) -> str:
+def _costs(cells: Sequence[Cell]) -> Table:
     measured = [cell for cell in cells if cell.get("usage")]
     rows = []
     for strategy, memory in dict.fromkeys((c["strategy"], c["memory"]) for c in measured):
@@ -98,7 +98,7 @@ def _costs(cells: Sequence[Cell]) -> str:
             ]
         )
     heads = ["arm ms/GiB", "collect ms/GiB", "ns/dirty page", "running ms", "% of a core", "MiB"]
-    return table("What it costs the host, over all guests of a size.", ["strategy", *heads], rows)
+    return Table("What it costs the host, over all guests of a size.", ["strategy", *heads], rows)
 
 
 def _busy(cell: Cell) -> list[float]:
@@ -109,7 +109,7 @@ def _busy(cell: Cell) -> list[float]:
     ]
 
 
-def _growth(fits: Sequence[dict[str, Any]]) -> str:
+def _growth(fits: Sequence[dict[str, Any]]) -> Table:
     rows = [
         [
             f"{fit['strategy']}, {fit['workload']}: {fit['what']}",
@@ -120,7 +120,7 @@ def _growth(fits: Sequence[dict[str, Any]]) -> str:
         for fit in fits
     ]
     heads = ["", "fitted", "measured, by GiB", "at 1 TiB"]
-    return table("How it grows with the guest's RAM.", heads, rows)
+    return Table("How it grows with the guest's RAM.", heads, rows)
 
 
 def _medians(samples: Sequence[Sequence[float]]) -> Iterator[tuple[float, float]]:
@@ -128,12 +128,12 @@ def _medians(samples: Sequence[Sequence[float]]) -> Iterator[tuple[float, float]
         yield gib, statistics.median(value for size, value in samples if size == gib)
 
 
-def _reasons(cells: Sequence[Cell]) -> list[str]:
+def _reasons(cells: Sequence[Cell]) -> list[Part]:
     """Why cells are not complete, each reason once."""
     said: dict[str, str] = {}
     for cell in cells:
         if cell["state"] == "unavailable":
             said.setdefault(cell["reason"], cell["strategy"])
         elif cell["state"] == "failed":
-            said[f"{cell['workload']}: {cell['reason']}"] = f"**{cell['strategy']}**"
-    return ["\n".join(f"- {who}: {reason}" for reason, who in said.items())] if said else []
+            said[f"{cell['workload']}: {cell['reason']}"] = Bad(cell["strategy"])
+    return [Bullets([(who, reason) for reason, who in said.items()])] if said else []

@@ -1,27 +1,28 @@
-"""Our migration against QEMU's own, as Markdown: ratios and targets, and what was measured."""
+"""Our migration against QEMU's own, in tables: ratios and targets, and what was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from bench.tables import head, spread, table
+from bench.parts import Bullets, Part, Table
+from bench.tables import head, spread
 from bench.versus.targets import TARGETS, Entry, Ratio, completed, ratio
 
 _MB = 1_000_000
 
 
-def markdown(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any]) -> list[Part]:
     """All tables."""
     entries = results["entries"]
     qemus = list(dict.fromkeys(entry["qemu"] for entry in entries))
-    parts = [head(results["machine"])]
+    found: list[Part] = [head(results["machine"])]
     for qemu in qemus:
         cases = _cases([entry for entry in entries if entry["qemu"] == qemu])
-        parts += [_ratios(qemu, cases), *_notes(cases), _samples(qemu, cases)]
+        found += [_ratios(qemu, cases), *_notes(cases), _samples(qemu, cases)]
     if not results["versus"]["throttle"]:
-        parts.append("This migrator cannot slow a guest: what outruns its link does not converge.")
-    return "\n\n".join(parts) + "\n"
+        found.append("This migrator cannot slow a guest: what outruns its link does not converge.")
+    return found
 
 
 def _cases(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -35,14 +36,14 @@ def _cases(entries: Sequence[Entry]) -> list[list[Entry]]:
 # -- ratios --------------------------------------------------------------------------------------
 
 
-def _ratios(qemu: str, cases: Sequence[Sequence[Entry]]) -> str:
+def _ratios(qemu: str, cases: Sequence[Sequence[Entry]]) -> Table:
     rows, met, of = [], 0, 0
     for ours, *theirs in cases:
         found = [ratio(target, ours, theirs) for target in TARGETS]
         met += sum(r.met for r in found if r)
         of += sum(r is not None for r in found)
         rows.append([_case(ours), *map(_ratio, found), _who(ours, theirs)])
-    return table(
+    return Table(
         f"The migrator : {qemu} with its best setting in each measure; {met} of {of} targets met.",
         ["guest, link", *map(str, TARGETS), "completed"],
         rows,
@@ -74,7 +75,7 @@ def _case(entry: Entry) -> str:
 # -- samples -------------------------------------------------------------------------------------
 
 
-def _samples(qemu: str, cases: Sequence[Sequence[Entry]]) -> str:
+def _samples(qemu: str, cases: Sequence[Sequence[Entry]]) -> Table:
     rows = [
         [
             f"{_case(entry)}: {_way(entry)}",
@@ -91,7 +92,7 @@ def _samples(qemu: str, cases: Sequence[Sequence[Entry]]) -> str:
     ]
     limit = cases[0][0]["downtime_limit_ms"]
     heads = ["total s", "downtime ms", "longest gap ms", "MB sent", "guest %", "rounds", "remarks"]
-    return table(f"{qemu}: what was measured; downtime limit {limit:.0f} ms.", ["", *heads], rows)
+    return Table(f"{qemu}: what was measured; downtime limit {limit:.0f} ms.", ["", *heads], rows)
 
 
 def _way(entry: Entry) -> str:
@@ -115,14 +116,14 @@ def _remarks(entry: Entry) -> str:
     return ", ".join([*said, *([f"slowed by {max(slowed)} %"] if slowed else [])])
 
 
-def _notes(cases: Sequence[Sequence[Entry]]) -> list[str]:
+def _notes(cases: Sequence[Sequence[Entry]]) -> list[Part]:
     """Why something did not complete, or what was lost."""
     lines = [
-        f"- {_case(entry)}: {_way(entry)}, {kind} {sample['run'] + 1}: {words}"
+        (f"{_case(entry)}: {_way(entry)}, {kind} {sample['run'] + 1}", words)
         for case in cases
         for entry in case
         for kind, samples in (("run", entry["samples"]), ("comparison", entry["checks"]))
         for sample in samples
         if (words := sample["problem"] or sample["lost"])
     ]
-    return ["\n".join(lines)] if lines else []
+    return [Bullets(lines)] if lines else []

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bench.cli.main import main
-from bench.page import bars, markdown
+from bench.page import bars
 from bench.page.bars import Bar
+from bench.parts import Bad, Bullets, Part, Table, to_html, to_markdown
 from bench.strategies import growth
 from bench.versus import pictures as versus
 from migrator.report.page import style
@@ -322,10 +323,22 @@ def test_many_groups_take_several_rows() -> None:
     assert {axes.get_ylim() for axes in drawn.axes} == {(1.0, 10.0)}
 
 
-def test_markdown() -> None:
-    text = "one <line>\n\n- a\n- **b**: c\n\nA title.\n\n| x | y |\n|---|---:|\n| **no** | 1 |\n"
-    first, bullets, table = markdown.parts(text)
+PARTS: list[Part] = [
+    "one <line>",
+    Bullets([("a", "b"), (Bad("c"), "d")]),
+    Table("A title.", ["x", "y"], [[Bad("no"), "1"]]),
+]
+
+
+def test_parts_as_html() -> None:
+    first, bullets, table = to_html(PARTS)
     assert first == "<p>one &lt;line&gt;</p>"
-    assert bullets == "<ul><li>a</li><li>b: c</li></ul>"
+    assert bullets == "<ul><li>a: b</li><li>c: d</li></ul>"
     assert "<caption>A title.</caption>" in table
     assert '<td class="bad">no</td><td>1</td>' in table
+
+
+def test_parts_as_markdown() -> None:
+    assert to_markdown(PARTS) == (
+        "one <line>\n\n- a: b\n- **c**: d\n\nA title.\n\n| x | y |\n|---|---:|\n| **no** | 1 |\n"
+    )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.cli.main import main as bench_main
-from bench.page.markdown import parts
+from bench.parts import Bad, Bullets, Table, to_html
 from migrator.cli.control import _table
 from migrator.cli.display import Display, findings, line, summary
 from migrator.cli.main import main
@@ -266,12 +266,11 @@ def test_a_picture_of_memory() -> None:
 
 
 def test_a_page_of_measurements() -> None:
-    evil = EVIL.replace("\n", " ")
-    table = f"| a | {evil} |\n|---|---|\n| **{evil}** | {evil} |"
-    made = "".join(parts(f"{evil}\n\n- {evil}\n\n{table}\n"))
+    table = Table(EVIL, ["a", EVIL], [[Bad(EVIL), EVIL]])
+    made = "".join(to_html([EVIL, Bullets([(EVIL, "b")]), table]))
     found = Tags(made)
     assert "script" not in found.tags
-    assert found.text.count("<script>") == 5
+    assert found.text.count("<script>") == 6
     assert "\x1b" not in made
 
 

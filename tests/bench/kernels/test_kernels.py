@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from bench.cli.main import main
 from bench.kernels import run as kernels
-from bench.kernels.tables import markdown
+from bench.kernels.tables import parts
 from bench.kernels.work import Case, _numpy_runs
 from bench.machine import describe
+from bench.parts import to_markdown
 
 
 def test_all_of_it_quickly(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_which_targets_are_met() -> None:
         *(sample("runs", ratio, gib) for ratio, gib in ((3.0, 1.0), (0.9, 16.0))),
         sample("zero", 0.5),
     ]
-    told = markdown({"machine": describe(""), "samples": samples})
+    told = to_markdown(parts({"machine": describe(""), "samples": samples}))
     *_, either, zero, digest, runs = told.splitlines()
     assert either.endswith("| 0.8 | 0.80 | met |")
     assert zero.endswith("| 0.5 | 0.50 | met |")

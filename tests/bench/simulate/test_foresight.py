@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from bench.cli.foresight import table
 from bench.cli.main import main
+from bench.parts import to_markdown
 from bench.simulate.foresight import WORKLOADS, Foreseen, Seen
 
 
@@ -32,15 +34,19 @@ def test_a_prediction_that_is_wrong_by_more_than_a_fifth(
     one = foreseen(predicted)
     wrong = [w for w in ("rounds", "sent_bytes", "downtime_ms") if not one.came_true(w)]
     assert wrong == missed
-    (row,) = [line for line in table([one]).splitlines() if line.startswith("| random")]
+    (row,) = [line for line in told([one]).splitlines() if line.startswith("| random")]
     assert ("**not" in row) is bool(missed)
     assert all(what.split("_")[0] in row for what in missed)
+
+
+def told(found: Sequence[Foreseen]) -> str:
+    return to_markdown([table(found)])
 
 
 def test_another_end_is_never_foreseen() -> None:
     given_up = foreseen(Seen(10, 100 << 20, 50.0, converged=False))
     assert not given_up.came_true("rounds")
-    assert "**not whether it converges**" in table([given_up])
+    assert "**not whether it converges**" in told([given_up])
 
 
 def test_medians_are_compared() -> None:

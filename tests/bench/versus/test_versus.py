@@ -20,8 +20,9 @@ from bench.moving import by_qemu, by_us
 from bench.moving.journey import Journey, Seat
 from bench.moving.moves import Mover, Spans
 from bench.moving.ways import Moved, Terms, Way
+from bench.parts import to_markdown
 from bench.versus import run as versus
-from bench.versus.tables import markdown
+from bench.versus.tables import parts
 from bench.versus.targets import TARGETS, Target, broken_by_us, finalists, ratio
 from migrator.guest.workload import PAGE_SIZE
 from tests.bench.stream.test_stream import left_by, start
@@ -186,7 +187,7 @@ def row(text: str, beginning: str) -> list[str]:
 
 
 def test_the_table_says_what_is_met_and_what_is_missed() -> None:
-    text = markdown(results(ours(done(0, 1.0)), entry(done(0, 1.6))))
+    text = to_markdown(parts(results(ours(done(0, 1.0)), entry(done(0, 1.6)))))
     cells = row(text, "idle, local")
     assert [cell.split()[2].rstrip(",") for cell in cells[1:6]] == [
         *["missed", "missed", "met", "met", "met"]
@@ -206,7 +207,7 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
 def test_the_table_says_who_did_not_complete(
     mine: dict[str, Any], theirs: dict[str, Any], said: str
 ) -> None:
-    text = markdown(results(ours(mine), entry(theirs)))
+    text = to_markdown(parts(results(ours(mine), entry(theirs))))
     cells = row(text, "idle, local")
     assert cells[1:6] == ["–"] * len(TARGETS)
     assert cells[6] == said
@@ -214,7 +215,9 @@ def test_the_table_says_who_did_not_complete(
 
 
 def test_the_table_says_what_was_lost() -> None:
-    text = markdown(results(ours(done(0)), entry(done(0, lost="7 pages differ"), done(1))))
+    text = to_markdown(
+        parts(results(ours(done(0)), entry(done(0, lost="7 pages differ"), done(1))))
+    )
     assert row(text, "idle, local: QEMU")[-1] == "lost: 1 of 2"
     assert "- idle, local: QEMU, run 1: 7 pages differ" in text
 
