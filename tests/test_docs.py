@@ -69,3 +69,29 @@ def test_every_room_is_on_the_map() -> None:
             folder = ROOT / room.replace(".", "/")
             if folder.is_dir() and room not in ("bench.cli", "bench.page"):
                 assert f"`{folder.relative_to(ROOT)}/`" in text, room
+
+
+# -- every refusal has its mend in the page -----------------------------------------------------
+
+
+def _refusals() -> set[str]:
+    """The word that each finding begins with, as far as it is written out in the source."""
+    found = set()
+    for file in (ROOT / "migrator").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                first = node.args[0] if node.args else None
+                if isinstance(first, ast.Constant):
+                    found.add(str(first.value))
+    return found
+
+
+def test_every_refusal_is_in_the_page() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = {cell for line in page.splitlines() if line.startswith("| ") for cell in _words(line)}
+    assert len(_refusals()) > 15
+    assert _refusals() - rows == set()
+
+
+def _words(line: str) -> list[str]:
+    return [word.strip() for word in line.split("|")[1].split(",")]
