@@ -6,7 +6,9 @@ import fcntl
 import os
 import signal
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,13 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const="1/1",
         metavar="PART/PARTS",
-        help="run the tests marked thorough, too, or a part of them, such as 2/3; and look at "
-        "more generated examples",
+        help="run the tests that a quick run leaves out, too, or a part of them, such as 2/3; with "
+        "the first part, look at more generated examples",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    load_profile(thorough=config.getoption("--thorough") is not None)
+    # generated examples, and loops inside a test, belong to the first part
+    load_profile(thorough=(config.getoption("--thorough") or "").startswith("1/"))
 
 
 def _is_of_part(item: pytest.Item, part: int, parts: int) -> bool:
@@ -33,18 +36,29 @@ def _is_of_part(item: pytest.Item, part: int, parts: int) -> bool:
     return zlib.crc32(item.nodeid.encode()) % parts == part - 1
 
 
+def _thorough(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those that a quick run leaves out: marked so, or not the one in so many of a function."""
+    found, seen = [], Counter[tuple[Path, str]]()
+    for item in items:
+        one_in = item.get_closest_marker("one_in")
+        function = item.path, item.nodeid.partition("[")[0]
+        if item.get_closest_marker("thorough"):
+            found.append(item)
+        elif one_in is not None:
+            if seen[function] % one_in.args[0]:
+                found.append(item)
+            seen[function] += 1
+    return found
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = config.getoption("--thorough")
     part, parts = (int(word) for word in (chosen or "0/1").split("/"))
     if not 0 <= part <= parts:
         raise pytest.UsageError(f"--thorough: there is no part {chosen}")
-    left_out = [
-        item
-        for item in items
-        if item.get_closest_marker("thorough") and not (part and _is_of_part(item, part, parts))
-    ]
+    left_out = {item for item in _thorough(items) if not (part and _is_of_part(item, part, parts))}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
 

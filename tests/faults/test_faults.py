@@ -1,4 +1,4 @@
-"""Sixty disturbed migrations, others in every run; and that their oracles see real breakage."""
+"""Some disturbed migrations, others in every run; and that their oracles see real breakage."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from tests.faults.kinds import Fault
 from tests.faults.moments import Moment
 from tests.faults.observations import Seen
 from tests.faults.scenes import Grounds
+from tests.profiles import examples
 
-pytestmark = [pytest.mark.live, pytest.mark.slow]
+pytestmark = pytest.mark.live
 
-_COUNT = int(os.environ.get("MIGRATOR_FAULTS_COUNT", "60"))
+_COUNT = int(os.environ.get("MIGRATOR_FAULTS_COUNT") or examples(60))
 _BASE = int(os.environ.get("MIGRATOR_FAULTS_SEED") or time.time_ns() % (1 << 32))
 _PARTS = 4
-_JOBS = 3
+_JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 3
 _HOSTS_SHARE = 0.3
 
 

@@ -12,6 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import require
 
 _SYSTEM = "qemu-system-x86_64"
@@ -64,4 +66,9 @@ def major_version(command: str) -> int:
 SYSTEM = Qemu("system")
 BACKPORTS = Qemu("backports")
 QEMUS = (SYSTEM,) if major_version(_SYSTEM) >= _NEWER else (SYSTEM, BACKPORTS)
-"""All of them, to be parametrised over."""
+"""All of them."""
+
+each_qemu = pytest.mark.parametrize(
+    "qemu", [SYSTEM, *(pytest.param(q, marks=pytest.mark.thorough) for q in QEMUS[1:])], ids=str
+)
+"""A test for each of them: the system's in every run, the newer one in thorough ones."""

@@ -109,6 +109,7 @@ def test_demo(leftovers: Leftovers) -> None:
     leftovers.check()
 
 
+@pytest.mark.thorough
 def test_demo_with_other_options() -> None:
     done = _run("demo", "--memory", "128M", "--working-set", "8M", "--write-rate", "1000", "--json")
     assert done.returncode == 0, done.stderr
@@ -125,6 +126,7 @@ def test_a_working_set_that_does_not_fit_is_a_usage_error() -> None:
     assert "working set" in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_downtime_that_cannot_be_met_is_given_up_and_the_source_runs() -> None:
     async def body() -> None:
         async with pair() as vms:
@@ -171,6 +173,7 @@ def test_refused_by_preflight() -> None:
     asyncio.run(body())
 
 
+@pytest.mark.alone
 def test_run_a_configuration(leftovers: Leftovers) -> None:
     done = _run("run", str(ROOT / "configs/demo.yaml"), "--json", env=leftovers.environment)
     assert done.returncode == 0, done.stderr
@@ -178,6 +181,7 @@ def test_run_a_configuration(leftovers: Leftovers) -> None:
     leftovers.check()
 
 
+@pytest.mark.thorough
 def test_a_linux_guest_that_checks_its_memory(leftovers: Leftovers) -> None:
     done = _run(
         "run", str(ROOT / "configs/linux.yaml"), "--json", env=leftovers.environment, timeout_s=600
@@ -189,6 +193,7 @@ def test_a_linux_guest_that_checks_its_memory(leftovers: Leftovers) -> None:
     leftovers.check()
 
 
+@pytest.mark.thorough
 def test_a_linux_guest_notices_pages_that_were_lost(leftovers: Leftovers, tmp_path: Path) -> None:
     """The other side: the same with the tracker's reports thrown away, and nothing compared."""
     text = (ROOT / "configs/linux.yaml").read_text()
@@ -223,6 +228,7 @@ main()
 """
 
 
+@pytest.mark.alone
 def test_a_destination_that_is_to_be_kept(leftovers: Leftovers, tmp_path: Path) -> None:
     text = (ROOT / "configs/demo.yaml").read_text()
     before, source, destination = text.split("  keep: false\n")

@@ -24,6 +24,7 @@ from tests.live.moving import Ram, once
 from tests.live.sending import SMALL, Case, Road, expecting, on_a_road, on_several_roads
 from tests.live.twohosts import TwoHosts
 from tests.live.vms import MIB
+from tests.profiles import examples, few
 
 pytestmark = pytest.mark.live
 
@@ -35,7 +36,7 @@ COMPLETE = ("postmigrate", "finish-migrate", "paused")
 SILENCE_S = 0.5
 SHORT_S = 1.5  # a cut that is noticed
 RECONNECT_S = 3.0
-RUNS = 50
+RUNS = examples(50)
 TYPICAL_S = 2.0  # of a migration in the random runs, until it has ended
 SLOW = 100 * 10**6  # bits a second
 LAST_S = 0.2  # of which, from the beginning of the switchover
@@ -135,8 +136,9 @@ def _for_good(phase: Phase, way: Way) -> Case:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=("cut", "nothing arrives", "nothing comes back"))
+@pytest.mark.one_in(3)
 def test_the_link_is_lost_for_good(way: Way) -> None:
-    on_several_roads([_for_good(phase, way) for phase in PHASES])
+    on_several_roads([_for_good(phase, way) for phase in few(PHASES, 4)])
 
 
 def _short(phase: Phase, way: Way) -> Case:
@@ -153,8 +155,8 @@ def _short(phase: Phase, way: Way) -> Case:
 
 def test_the_link_is_lost_for_a_moment() -> None:
     """While the guest runs, it is made again; and in the end nobody has to be asked."""
-    cases = [_short(phase, CUT) for phase in PHASES]
-    cases += [_short(phase, NOTHING_ARRIVES) for phase in (*GUEST_RUNS, Phase.RESUME)]
+    cases = [_short(phase, CUT) for phase in few(PHASES, 5)]
+    cases += [_short(phase, NOTHING_ARRIVES) for phase in few((*GUEST_RUNS, Phase.RESUME), 2)]
     on_several_roads(cases)
 
 
@@ -201,6 +203,7 @@ def test_only_the_connection_for_messages_is_lost(monkeypatch: pytest.MonkeyPatc
     on_a_road(body, QUIET)
 
 
+@pytest.mark.thorough
 def test_the_link_is_lost_while_ram_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """With threads in the middle of it: nothing they did keeps the source's RAM mapped."""
 
@@ -267,6 +270,7 @@ def _at_random(number: int, random: Random) -> Case:
     return Case(name, body)
 
 
+@pytest.mark.thorough
 def test_the_link_is_cut_at_random() -> None:
     seed = int(os.environ.get("MIGRATOR_SEED") or Random().randrange(1 << 32))
     print(f"MIGRATOR_SEED={seed}")

@@ -19,14 +19,13 @@ from migrator.migration.attempt import Attempt
 from migrator.migration.guard import Guard
 from migrator.report.phases import Phase
 from tests.live.moving import VERIFIED, Watch, move
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.reader_guest import Reader
 from tests.live.slowdisk import SlowDisk, slow_disk
 from tests.live.vms import Pair, pair
 
 pytestmark = pytest.mark.live
 
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 # What waits for the end anyway is not lost: on a slow machine, the guest comes round to the same
 # memory several times while it is copied, and another policy would let all of that wait.
@@ -87,7 +86,7 @@ def check_compared(report: Report) -> None:
     assert report.phases[Phase.COMPARE.value] > 0
 
 
-@every_qemu
+@each_qemu
 def test_a_read_in_flight_while_its_page_is_copied(
     qemu: Qemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +102,7 @@ def test_a_read_in_flight_while_its_page_is_copied(
     with_reads(qemu, body)
 
 
-@every_qemu
+@each_qemu
 def test_a_read_in_flight_when_tracking_begins(qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
     async def no_drain(attempt: Attempt, guard: Guard) -> None:
         pass

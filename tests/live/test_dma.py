@@ -14,7 +14,7 @@ from migrator.guest.edu import BAR, NO_DEVICE, SOURCE
 from migrator.guest.workload import MIB, PAGE_SIZE, Workload, check_dma, check_walk, heartbeats
 from tests.live.dma import Guest, execute, started
 from tests.live.moving import Ram, TwoKinds, move
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.tracked import pages
 from tests.live.vms import Machine, pair
 from tracker.sources.uffd import UffdAsync
@@ -47,7 +47,7 @@ def with_guest(
 
 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 def test_device_writes_beside_the_walk(tmpfs: Path, qemu: Qemu, machine: str) -> None:
     async def body(guest: Guest) -> None:
         seen = 0

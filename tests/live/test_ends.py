@@ -24,7 +24,7 @@ from migrator.qemu.process import Vm
 from migrator.report.phases import Phase
 from tests.live.monitors import Monitor
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import QEMUS, Qemu, each_qemu
 from tests.live.reader_guest import Reader
 from tests.live.slowdisk import SlowDisk, slow_disk
 from tests.live.test_neighbours import beside
@@ -34,13 +34,12 @@ pytestmark = pytest.mark.live
 
 SMALL = Machine(memory=128 * MIB, workload=Workload(working_set_bytes=16 * MIB))
 UNVERIFIED = replace(VERIFIED, verify=False)
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 
 # -- the guest ends -----------------------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize(
     ("how", "phase"),
     [
@@ -101,7 +100,7 @@ def _killed_after_its_state(vm: Vm, first: Callable[[], None]) -> Callable[[Prog
     return once(Phase.LAST_COLLECT, kill)
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("options", [VERIFIED, UNVERIFIED], ids=["verified", "unverified"])
 def test_a_source_that_dies_with_its_state_saved_lives_on(options: Any, qemu: Qemu) -> None:
     """As QEMU 7.2 does by a failed assertion, where a mirror job writes to an inactive image."""
@@ -173,7 +172,7 @@ class Lock:
 assert struct.calcsize("hhqqi") >= 28  # struct flock
 
 
-@every_qemu
+@each_qemu
 def test_an_image_that_the_destination_cannot_have(qemu: Qemu, tmp_path: Path) -> None:
     """The source goes on at once, not after a minute."""
     image = tmp_path / "disk.img"
@@ -182,13 +181,18 @@ def test_an_image_that_the_destination_cannot_have(qemu: Qemu, tmp_path: Path) -
 
     async def body(vms: Pair, source: Monitor, _: Monitor) -> None:
         lock = Lock(image)
-        # of the destination alone: the source must get its image back
-        threading.Timer(2.0, lock.drop).start()
+        take, drop = once(Phase.RESUME, lock.take), once(Phase.ROLLBACK, lock.drop)
+
+        def locked(progress: Progress) -> None:
+            """For the destination alone: the source must get its image back."""
+            take(progress)
+            drop(progress)
+
         try:
             with pytest.raises(Failed, match="did not run") as caught:
                 await migrate(
                     *(vms.source.qmp, vms.destination.qmp, UNVERIFIED),
-                    watch=once(Phase.RESUME, lock.take),
+                    watch=locked,
                 )
         finally:
             lock.drop()
@@ -231,7 +235,7 @@ def _with_a_disk(qemu: Qemu, directory: Path) -> Machine:
     )
 
 
-@every_qemu
+@each_qemu
 def test_a_block_job_is_refused_by_name(qemu: Qemu, tmp_path: Path) -> None:
     async def body(vms: Pair, source: Monitor, _: Monitor) -> None:
         _begin_mirror(source)
@@ -244,7 +248,7 @@ def test_a_block_job_is_refused_by_name(qemu: Qemu, tmp_path: Path) -> None:
     beside(body, _with_a_disk(qemu, tmp_path))
 
 
-@every_qemu
+@each_qemu
 def test_a_block_job_that_begins_meanwhile(qemu: Qemu, tmp_path: Path) -> None:
     async def body(vms: Pair, source: Monitor, _: Monitor) -> None:
         with pytest.raises(Failed, match=r"a job 'copy' \(mirror\) .*block-job-cancel"):
@@ -273,7 +277,7 @@ def test_a_block_export_is_refused_by_name(tmp_path: Path) -> None:
     beside(body, _with_a_disk(QEMUS[0], tmp_path))
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("phase", [Phase.FINAL_SEND, Phase.LAST_COLLECT])
 def test_a_guest_that_an_io_error_stopped_stays_stopped(phase: Phase, qemu: Qemu) -> None:
     """The read fails while QEMU drains, for a migration that is then given up."""

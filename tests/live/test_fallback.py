@@ -11,7 +11,7 @@ import pytest
 from migrator import Refused, migrate
 from migrator.tracking import strategies
 from tests.live.moving import VERIFIED, check_still_at_source
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.vms import Machine, pair
 from tracker.errors import NotTracking
 
@@ -39,7 +39,7 @@ def test_it_is_chosen_where_the_better_way_fails(monkeypatch: pytest.MonkeyPatch
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 def test_forced(qemu: Qemu) -> None:
     async def body() -> None:
         async with pair(Machine(qemu=qemu.require())) as vms:

@@ -28,6 +28,7 @@ from tests.live.sending import (
     state,
 )
 from tests.live.test_cuts import COMPLETE, PHASES
+from tests.profiles import few
 
 pytestmark = pytest.mark.live
 
@@ -111,7 +112,7 @@ async def _moves_again(road: Road) -> None:
 
 
 def test_the_sender_is_killed() -> None:
-    on_several_roads([_sender_killed(phase) for phase in PHASES])
+    on_several_roads([_sender_killed(phase) for phase in few(PHASES, 4)])
 
 
 def test_without_the_guard_the_source_stays_paused() -> None:
@@ -156,7 +157,7 @@ def _receiver_killed(phase: Phase) -> Case:
 
 
 def test_the_receiver_is_killed() -> None:
-    on_several_roads([_receiver_killed(phase) for phase in PHASES])
+    on_several_roads([_receiver_killed(phase) for phase in few(PHASES, 4)])
 
 
 def _destination_killed(phase: Phase) -> Case:
@@ -173,4 +174,6 @@ def _destination_killed(phase: Phase) -> Case:
 
 
 def test_the_destination_is_killed() -> None:
-    on_several_roads([_destination_killed(phase) for phase in (*BEFORE_THE_WORD, Phase.RESUME)])
+    on_several_roads(
+        [_destination_killed(phase) for phase in few((*BEFORE_THE_WORD, Phase.RESUME), 4)]
+    )

@@ -21,7 +21,7 @@ from migrator.report.phases import Phase
 from migrator.tracking.readings import Collected, Scan
 from migrator.tracking.sources import Sources
 from tests.live.moving import Ram, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.sending import MIGRATOR, SMALL, Road, eventually, on_a_road, state
 from tests.live.vms import MIB, Pair
 from tracker.bits.bitmap import DirtyBitmap
@@ -71,6 +71,7 @@ def two_keys(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("compress", ["none", "zstd"])
+@pytest.mark.one_in(3)
 def test_tls(two_keys: tuple[Path, Path], streams: int, compress: str) -> None:
     async def body(road: Road) -> None:
         ours, theirs = two_keys
@@ -81,6 +82,7 @@ def test_tls(two_keys: tuple[Path, Path], streams: int, compress: str) -> None:
     on_a_road(body)
 
 
+@pytest.mark.thorough
 def test_the_ways_without_tls() -> None:
     """One after the other: what arrived is sent on."""
 
@@ -101,6 +103,7 @@ def test_the_ways_without_tls() -> None:
     on_a_road(body)
 
 
+@pytest.mark.thorough
 def test_a_slow_link() -> None:
     """A link that is shaped, and a limit that is lower than what the link takes."""
 
@@ -120,6 +123,7 @@ def test_a_slow_link() -> None:
     on_a_road(body)
 
 
+@pytest.mark.thorough
 def test_auto_compresses_where_the_link_is_slow() -> None:
     """It measures over 16 frames of 1 MiB a stream: a guest has to hold more than that."""
 
@@ -134,7 +138,8 @@ def test_auto_compresses_where_the_link_is_slow() -> None:
     on_a_road(body)
 
 
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
+@pytest.mark.one_in(1)
 def test_both_qemus(qemu: Qemu) -> None:
     async def body(road: Road) -> None:
         await road.next_receiver()
@@ -143,6 +148,7 @@ def test_both_qemus(qemu: Qemu) -> None:
     on_a_road(body, replace(SMALL, qemu=qemu.require()))
 
 
+@pytest.mark.thorough
 def test_hugetlbfs(hugetlbfs: Path) -> None:
     async def body(road: Road) -> None:
         await road.next_receiver()

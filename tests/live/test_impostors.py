@@ -228,6 +228,7 @@ def test_the_right_server_would_be_spoken_to(vm: Vm, place: Place) -> None:
         (expired, "certificate has expired"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_server_with_a_wrong_certificate(
     vm: Vm, place: Place, tmp_path: Path, wrong: Callable[[Place, Path], Credentials], why: str
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_server_with_a_wrong_certificate(
         (("--peer", SOURCE), "Hostname mismatch"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_server_with_the_certificate_of_another_host(
     vm: Vm, place: Place, options: Sequence[str], why: str
 ) -> None:
@@ -263,6 +265,7 @@ def test_the_right_server_by_the_wrong_fingerprint(vm: Vm, place: Place) -> None
 # -- both ends are ours ---------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_source_that_is_not_let_in(
     vm: Vm, place: Place, receiver: Receiver, tmp_path: Path
 ) -> None:

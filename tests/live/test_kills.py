@@ -72,6 +72,7 @@ async def _migrates_again(vms: Pair, survivor: Vm) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.one_in(3)
 def test_the_orchestrator_is_killed(phase: str) -> None:
     async def body() -> None:
         async with pair() as vms:
@@ -124,6 +125,7 @@ def _kill_at(phase: str, pid: int) -> Callable[[Progress], None]:
 
 
 @pytest.mark.parametrize("phase", PHASES[: PHASES.index(Phase.FINISH.value)])
+@pytest.mark.one_in(3)
 def test_the_destination_is_killed(phase: str) -> None:
     async def body() -> None:
         async with pair() as vms:
@@ -143,6 +145,7 @@ def test_the_destination_is_killed(phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", BEFORE_THE_POINT)
+@pytest.mark.one_in(3)
 def test_the_source_is_killed(phase: str) -> None:
     """The destination may run only if it got all; otherwise the operator is told what is known."""
 
@@ -173,6 +176,7 @@ def test_the_source_is_killed(phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", BEFORE_THE_POINT)
+@pytest.mark.one_in(3)
 def test_cancelled(phase: str) -> None:
     async def body() -> None:
         async with pair() as vms:

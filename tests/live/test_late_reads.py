@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from migrator.guest.workload import MIB, heartbeats
 from migrator.qemu.qmp import Qmp
 from tests.conftest import require
-from tests.live.qemus import QEMUS, SYSTEM, Qemu
+from tests.live.qemus import SYSTEM, Qemu, each_qemu
 from tests.live.reader_guest import Reader, Reading, boot_image, listing
 from tests.live.slowdisk import Read, SlowDisk, content, slow_disk
 from tests.live.tracked import NAME, PAGE, pages
@@ -35,8 +35,6 @@ from tracker.sources.uffd import UffdAsync
 from tracker.warm import warm_up
 
 pytestmark = pytest.mark.live
-
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -147,7 +145,7 @@ def with_reads(
     asyncio.run(run())
 
 
-@every_qemu
+@each_qemu
 def test_what_arrives_after_it_was_copied_is_lost_unless_compared(qemu: Qemu) -> None:
     async def body(reads: Reads) -> None:
         ram = reads.ram
@@ -171,7 +169,7 @@ def test_what_arrives_after_it_was_copied_is_lost_unless_compared(qemu: Qemu) ->
     with_reads(qemu, body)
 
 
-@every_qemu
+@each_qemu
 def test_what_was_in_flight_when_tracking_began_is_never_reported(qemu: Qemu) -> None:
     async def body(reads: Reads) -> None:
         ram = reads.ram
@@ -188,7 +186,7 @@ def test_what_was_in_flight_when_tracking_began_is_never_reported(qemu: Qemu) ->
     with_reads(qemu, body)
 
 
-@every_qemu
+@each_qemu
 def test_what_was_in_flight_when_tracking_began_is_awaited(qemu: Qemu) -> None:
     async def body(reads: Reads) -> None:
         ram = reads.ram
@@ -230,7 +228,7 @@ def test_through_the_page_cache_nothing_is_lost() -> None:
 # --- the guest ------------------------------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 def test_the_guest_reads_one_place_after_the_other(qemu: Qemu) -> None:
     reading = Reading(length=MIB, disk_bytes=MIB // 2, reads_per_heartbeat=2)
     places = reading.length // reading.read_bytes

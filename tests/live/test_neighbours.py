@@ -15,7 +15,7 @@ from migrator.migration.switchover import Switchover
 from migrator.report.phases import Phase
 from tests.live.monitors import Monitor, Monitors, with_monitors
 from tests.live.moving import VERIFIED, Ram, Watch, check_still_at_source, move, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.test_unseen import stopping_first
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.inject.held import Held
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.live
 SMALL = Machine(memory=128 * MIB, workload=Workload(working_set_bytes=16 * MIB))
 UNVERIFIED = replace(VERIFIED, verify=False)
 BOTH = pytest.mark.parametrize("options", [VERIFIED, UNVERIFIED], ids=["verified", "unverified"])
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 
 def beside(
@@ -56,7 +55,7 @@ async def fails(vms: Pair, watch: Watch, words: str, **changes: object) -> None:
 # -- the source is resumed ----------------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 @BOTH
 @pytest.mark.parametrize("phase", [Phase.LAST_COLLECT, Phase.LOAD])
 def test_the_source_is_resumed_once_its_migration_has_completed(
@@ -111,7 +110,7 @@ def test_the_source_is_resumed_and_stopped_again() -> None:
     beside(body)
 
 
-@every_qemu
+@each_qemu
 def test_the_source_is_reset_while_it_is_handed_over(qemu: Qemu) -> None:
     async def body(vms: Pair, source: Monitor, _: Monitor) -> None:
         with pytest.raises(Failed, match="source: was reset"):
@@ -164,7 +163,7 @@ async def _moved_and_resumed(vms: Pair, source: Monitor) -> tuple[Report, bool]:
     return report, sums[-1] != sums[-2]
 
 
-@every_qemu
+@each_qemu
 def test_a_source_that_is_resumed_after_the_last_look_executes_nothing(qemu: Qemu) -> None:
     async def body(vms: Pair, source: Monitor, _: Monitor) -> None:
         report, wrote = await _moved_and_resumed(vms, source)
@@ -192,7 +191,7 @@ def test_without_being_held_it_runs_for_a_while(monkeypatch: pytest.MonkeyPatch)
 # -- the destination ----------------------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("phase", [Phase.LAST_COLLECT, Phase.LOAD, Phase.RESUME])
 def test_the_destination_is_resumed_before_it_is_told_to_go(phase: Phase, qemu: Qemu) -> None:
     """It lacks the end of its state: it waits, as it did, and runs when it has all of it."""
@@ -204,7 +203,7 @@ def test_the_destination_is_resumed_before_it_is_told_to_go(phase: Phase, qemu: 
     beside(body, replace(SMALL, qemu=qemu.require()))
 
 
-@every_qemu
+@each_qemu
 def test_the_destination_is_reset_when_it_has_loaded(qemu: Qemu) -> None:
     """Its devices have lost the state that they had loaded: it must not run."""
 
@@ -218,6 +217,7 @@ def test_the_destination_is_reset_when_it_has_loaded(qemu: Qemu) -> None:
 @pytest.mark.parametrize("command", ["quit", "migrate_cancel", "stop", "cont", "system_reset"])
 @pytest.mark.parametrize("phase", [Phase.STOP, Phase.FINAL_SEND, Phase.DEVICE_STATE])
 @pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.one_in(4)
 def test_one_side_runs_whatever_another_client_does(side: str, phase: Phase, command: str) -> None:
     async def body(vms: Pair, source: Monitor, destination: Monitor) -> None:
         monitor = source if side == "source" else destination

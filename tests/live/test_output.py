@@ -110,6 +110,7 @@ def migrate(vms: Pair, *more: str) -> list[str]:
         *[("closed", "stderr"), ("closed", "both")],
     ],
 )
+@pytest.mark.one_in(3)
 def test_completed(kind: str, which: str) -> None:
     async def body(vms: Pair) -> None:
         status, stdout, stderr = await ended(run(migrate(vms, "--verify"), kind, which))
@@ -148,6 +149,7 @@ def test_a_reader_that_reads_nothing_holds_nothing_up(verbose: bool) -> None:
         *[("full", "refused"), ("closed", "refused")],
     ],
 )
+@pytest.mark.one_in(3)
 def test_other_ends(kind: str, end: str) -> None:
     async def body(vms: Pair) -> None:
         command, wanted = migrate(vms), 6
@@ -178,6 +180,7 @@ def test_other_ends(kind: str, end: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "which"), [("full", "stdout"), ("gone", "both"), ("stalled", "stderr")]
 )
+@pytest.mark.one_in(2)
 def test_received(kind: str, which: str) -> None:
     async def body(vms: Pair, sink: Sink) -> None:
         await vms.destination.stop()

@@ -23,7 +23,7 @@ from migrator.qemu.process import Vm
 from migrator.report.phases import Phase
 from tests.live.monitors import Monitor
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import QEMUS, Qemu, each_qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.pageset import PageSet
@@ -36,8 +36,6 @@ pytestmark = pytest.mark.live
 SPOT = 64 * MIB
 """Offset of RAM that neither the guest nor its firmware writes."""
 LENGTH = 4 * MIB
-
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 
 class Silent(UffdAsync):
@@ -101,7 +99,7 @@ def test_without_the_tracker_verifying_finds_it(monkeypatch: pytest.MonkeyPatch)
     with_pair(body)
 
 
-@every_qemu
+@each_qemu
 def test_pages_discarded_after_they_were_sent(qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair, source: Ram, destination: Ram) -> None:
         def discard() -> None:
@@ -209,7 +207,7 @@ FIRST_BEAT = b"00000000\n"
 # -- the guest goes through a reset -------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("phase", [Phase.COPY, Phase.ROUNDS])
 def test_a_guest_that_is_reset_meanwhile(qemu: Qemu, phase: Phase) -> None:
     async def body() -> None:
@@ -247,6 +245,7 @@ def test_a_guest_that_is_reset_meanwhile(qemu: Qemu, phase: Phase) -> None:
 # -- again and again ----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_twenty_migrations_in_a_row(tmpfs: Path) -> None:
     """The guest writes as fast as it can, and goes to and fro between old and new QEMUs."""
     machine = Machine(

@@ -25,7 +25,7 @@ from migrator.tracking.readings import Collected, Scan
 from migrator.tracking.sources import Sources
 from migrator.transport.local import LocalCopy
 from tests.live.moving import VERIFIED, Ram, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 from tracker.bits.bitmap import DirtyBitmap
 from tracker.bits.pageset import PageSet
@@ -80,7 +80,7 @@ def test_a_tight_writer_moves_with_every_page(policy: PolicyName) -> None:
 
 
 @pytest.mark.parametrize("tracker", ["uffd", "uffd-sync"])
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 def test_adaptive_on_every_qemu_and_tracker(qemu: Qemu, tracker: str) -> None:
     machine = Machine(qemu=qemu.require())
 

@@ -59,6 +59,7 @@ class Speedometer:
         return written / spent_s, read / spent_s
 
 
+@pytest.mark.alone
 def test_a_processor_that_only_reads_keeps_its_speed() -> None:
     async def body(road: Road) -> None:
         await road.next_receiver()

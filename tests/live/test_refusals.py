@@ -26,7 +26,7 @@ from migrator.qemu.qmp import Qmp
 from tests.conftest import require
 from tests.live.conftest import mounted
 from tests.live.moving import VERIFIED, TwoKinds, move
-from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu
+from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu, each_qemu
 from tests.live.vms import MIB, Machine, Pair, pair
 
 pytestmark = pytest.mark.live
@@ -225,7 +225,7 @@ def test_a_viommu() -> None:
     is_refused(replace(SMALL, extra=["-device", "intel-iommu"]), "vIOMMU", "intel-iommu")
 
 
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 def test_a_device_that_blocks_migration(qemu: Qemu) -> None:
     """A peer of a shared memory device: QEMU cannot migrate it."""
     extra = [
@@ -411,7 +411,7 @@ def test_a_destination_that_does_not_wait() -> None:
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 def test_a_destination_that_listens_to_somebody_else(qemu: Qemu) -> None:
     """As it does with ``-incoming unix:...`` in place of ``-incoming defer``."""
 

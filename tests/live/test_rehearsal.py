@@ -97,6 +97,7 @@ def test_a_paused_vm_stays_paused() -> None:
 
 
 @pytest.mark.parametrize("phase", STANDING, ids=lambda phase: phase.value)
+@pytest.mark.one_in(3)
 def test_cancelled_while_the_guest_stands(phase: Phase) -> None:
     async def body(vms: Pair, source: Ram, destination: Ram) -> None:
         task: asyncio.Task[Report]
@@ -129,6 +130,7 @@ asyncio.run(migrate(source, destination, options, watch=watch))
 
 
 @pytest.mark.parametrize("phase", [*STANDING, Phase.FINISH], ids=lambda phase: phase.value)
+@pytest.mark.one_in(3)
 def test_the_orchestrator_is_killed(phase: Phase) -> None:
     async def body(vms: Pair, source: Ram, destination: Ram) -> None:
         orchestrator = await asyncio.create_subprocess_exec(

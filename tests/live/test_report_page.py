@@ -52,6 +52,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "the guest stands" in heat
 
 
+@pytest.mark.thorough
 def test_a_migration_that_is_given_up(tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     code, said, stderr = run(

@@ -25,7 +25,7 @@ from migrator.report.phases import Phase
 from tests.live.killed import ORCHESTRATOR, WITH_ITS_GUARD
 from tests.live.monitors import Monitor
 from tests.live.moving import VERIFIED, Ram, check_still_at_source, move
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import QEMUS, Qemu, each_qemu
 from tests.live.test_neighbours import beside
 from tests.live.vms import MIB, Machine, Pair
 
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.live
 
 SMALL = Machine(memory=128 * MIB, workload=Workload(working_set_bytes=16 * MIB))
 OF_ITS_OWNER = {"max-bandwidth": 50 << 20}
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 Body = Callable[[Pair, Monitor, Monitor], Awaitable[None]]
 
 
@@ -56,7 +55,7 @@ def _is_alive(vm: Vm) -> bool:
     return Path(f"/proc/{vm.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
-@every_qemu
+@each_qemu
 def test_completed(qemu: Qemu) -> None:
     async def body(vms: Pair, source: Monitor, destination: Monitor) -> None:
         await move(vms)
@@ -68,6 +67,7 @@ PHASES = [Phase.SWITCHOVER, Phase.STOP, Phase.FINAL_SEND, Phase.LAST_COLLECT, Ph
 
 
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.one_in(4)
 def test_cancelled(phase: Phase) -> None:
     async def body(vms: Pair, source: Monitor, destination: Monitor) -> None:
         task: asyncio.Task[object]
@@ -98,6 +98,7 @@ async def _killed(vms: Pair, program: str, *phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", [*PHASES, Phase.RESUME, Phase.FINISH])
+@pytest.mark.one_in(4)
 def test_killed(phase: Phase) -> None:
     """The guard knows all that is to be put back before anything is changed."""
 
@@ -112,7 +113,7 @@ async def _state_or_gone(vms: Pair, monitor: Monitor) -> str:
     return monitor.state() if _is_alive(vms.destination) else "gone"
 
 
-@every_qemu
+@each_qemu
 def test_killed_with_its_guard(qemu: Qemu) -> None:
     """Nothing puts the settings back, then; the next migration tells, and resolve does it."""
 
@@ -246,8 +247,9 @@ def _node(path: Path) -> dict[str, Any]:
     return {"driver": "file", "node-name": "node", "filename": str(path)}
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("end", ["completed", "failed", "killed"])
+@pytest.mark.one_in(2)
 def test_a_snapshot_holds_ram(end: str, qemu: Qemu, tmp_path: Path) -> None:
     async def body(vms: Pair, source: Monitor, destination: Monitor) -> None:
         survivor, monitor = vms.source, source

@@ -144,6 +144,7 @@ async def ends_well(vms: Pair, destination: Ram, watch: Watch) -> bool:
 
 @pytest.mark.parametrize("left_bytes", [0, 8 * MIB])
 @pytest.mark.parametrize("phase", [Phase.ATTACH, Phase.COPY, Phase.ROUNDS, Phase.SWITCHOVER])
+@pytest.mark.one_in(3)
 def test_a_destination_that_fills_up(phase: Phase, left_bytes: int) -> None:
     """A guest that has not touched all of its memory yet; QEMU itself touches a little to load."""
 
@@ -211,6 +212,7 @@ def touched_there(road: Road, machine: TwoKinds) -> Ram:
 
 @pytest.mark.parametrize("left_bytes", [0, 8 * MIB])
 @pytest.mark.parametrize("phase", [Phase.COPY, Phase.ROUNDS, Phase.SWITCHOVER])
+@pytest.mark.one_in(3)
 def test_a_host_whose_file_system_fills_up(phase: Phase, left_bytes: int) -> None:
     with mounted("tmpfs", "size=300M") as there:
         machine = received_on(there)
@@ -226,6 +228,7 @@ def test_a_host_whose_file_system_fills_up(phase: Phase, left_bytes: int) -> Non
         on_a_road(body, machine)
 
 
+@pytest.mark.thorough
 def test_a_host_with_enough_reserved() -> None:
     """A guest that has touched all of its memory; the rest is taken before anything is copied."""
     with mounted("tmpfs", "size=160M") as there:

@@ -86,6 +86,7 @@ class Paces:
 
 
 @pytest.mark.parametrize("tracker", ["uffd", "uffd-sync"])
+@pytest.mark.one_in(2)
 def test_a_guest_that_writes_faster_than_the_link_is_moved_if_it_may_be_slowed(
     tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- and it ends ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_it_is_given_up_if_that_does_not_help() -> None:
     async def body(vms: Pair) -> None:
         with pytest.raises(Aborted, match=r"does not converge.*writers slowed to 1 %"):
@@ -277,6 +279,7 @@ async def given_up_while_every_other_page_is_written(vms: Pair) -> Report:
     return caught.value.report
 
 
+@pytest.mark.thorough
 def test_holes_in_what_is_handed_over_stay_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(vms: Pair) -> None:
         report = await given_up_while_every_other_page_is_written(vms)

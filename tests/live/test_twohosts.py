@@ -170,6 +170,7 @@ def test_two_pairs_do_not_meet(hosts: TwoHosts) -> None:
 
 
 @pytest.mark.parametrize(("bits_per_s", "size"), [(100_000_000, 8 * MB), (1_000_000_000, 64 * MB)])
+@pytest.mark.alone
 def test_the_link_is_as_fast_as_it_is_shaped(hosts: TwoHosts, bits_per_s: int, size: int) -> None:
     hosts.shape(bits_per_s)
     with connection(hosts) as ends:

@@ -13,7 +13,7 @@ from migrator import Failed, migrate
 from migrator.report.phases import Phase
 from migrator.tracking import strategies
 from tests.live.moving import VERIFIED, check_still_at_source, move, once
-from tests.live.qemus import QEMUS, Qemu
+from tests.live.qemus import Qemu, each_qemu
 from tests.live.vms import Machine, pair
 from tracker.answered.uffdsync import UffdSync
 from tracker.bits.pageset import PageSet
@@ -33,7 +33,7 @@ def _nothing_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(strategies._TRACKERS, "uffd", check)
 
 
-@pytest.mark.parametrize("qemu", QEMUS, ids=str)
+@each_qemu
 @pytest.mark.parametrize("chunk", [4 << 10, 64 << 10])
 def test_a_whole_migration(chunk: int, qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
     class Chunked(UffdSync):

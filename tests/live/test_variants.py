@@ -15,7 +15,7 @@ from migrator.qemu.qmp import Qmp
 from migrator.report.phases import Phase
 from tests.conftest import require
 from tests.live.moving import VERIFIED, Ram, TwoKinds, move, once
-from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu
+from tests.live.qemus import BACKPORTS, QEMUS, SYSTEM, Qemu, each_qemu
 from tests.live.vms import MIB, Machine, pair
 
 pytestmark = pytest.mark.live
@@ -23,8 +23,6 @@ pytestmark = pytest.mark.live
 GIB = 1 << 30
 NOBODY = 65534
 ROOT_ONLY = None if os.geteuid() == 0 else "only root may do this"
-
-every_qemu = pytest.mark.parametrize("qemu", QEMUS, ids=str)
 
 
 def moves(machine: Machine, page_size: int = 4096) -> None:
@@ -37,18 +35,18 @@ def moves(machine: Machine, page_size: int = 4096) -> None:
     asyncio.run(body())
 
 
-@every_qemu
+@each_qemu
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 def test_machine_types(qemu: Qemu, machine: str) -> None:
     moves(Machine(machine=machine, qemu=qemu.require()))
 
 
-@every_qemu
+@each_qemu
 def test_two_numa_nodes(qemu: Qemu) -> None:
     moves(Machine(nodes=2, qemu=qemu.require()))
 
 
-@every_qemu
+@each_qemu
 def test_multifd_that_was_left_on(qemu: Qemu) -> None:
     """As QEMU's own migration leaves it where it has brought a VM."""
 
@@ -71,7 +69,7 @@ def test_from_an_old_qemu_to_a_new_one() -> None:
     )
 
 
-@every_qemu
+@each_qemu
 def test_pages_above_4_gib_of_a_block(qemu: Qemu) -> None:
     """Both offsets in the block and addresses of the guest that do not fit 32 bits."""
     machine = Machine(memory=6 * GIB, qemu=qemu.require())
@@ -123,7 +121,7 @@ def on_huge_pages(directory: Path, destination: str = "") -> TwoKinds:
     )
 
 
-@every_qemu
+@each_qemu
 def test_ram_on_huge_pages(hugetlbfs: Path, qemu: Qemu) -> None:
     """There and on: what arrived at a destination can go on from there."""
     machine = replace(on_huge_pages(hugetlbfs), qemu=qemu.require())
@@ -185,7 +183,7 @@ async def tell(vm: Vm, command: str) -> None:
 # -- devices ------------------------------------------------------------------------------------
 
 
-@every_qemu
+@each_qemu
 def test_with_a_screen_and_virtio_and_usb(qemu: Qemu, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(4 * MIB))

@@ -129,7 +129,7 @@ class Written:
 # -- what is told is so -------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rate_and_working_sets() -> None:
     async def body(vms: Pair) -> None:
         written = Written(vms.source.pid, STEADY)

@@ -211,6 +211,7 @@ def test_ready_and_connected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("decide", ["source", "destination"])
+@pytest.mark.one_in(2)
 def test_ready_and_lost(decide: str) -> None:
     """The source's orchestrator and guard are gone before the word; with ``destination``, the
     source's host too: the operator has only the destination to ask."""
@@ -253,6 +254,7 @@ def test_running() -> None:
     on_a_road(body)
 
 
+@pytest.mark.thorough
 def test_never_by_the_command() -> None:
     """The word was lost for good, and the destination has given up by itself."""
 

@@ -28,7 +28,7 @@ def guest(workload: str) -> Guest:
 
 
 @live
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("workload", "work", "written"), [("linux-boot", 20, 100), ("linux-sqlite", 100, 400)]
 )
@@ -53,7 +53,7 @@ def test_works_on_through_a_migration(workload: str, work: int, written: int) ->
 
 
 @live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_database_that_loses_pages_complains() -> None:
     it_is = guest("linux-sqlite")
 

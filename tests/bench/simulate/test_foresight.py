@@ -56,7 +56,7 @@ def test_medians_are_compared() -> None:
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_guest_is_recorded_predicted_and_moved(tmp_path: Path) -> None:
     """What its writes cost is predicted too; nearly, as the machine may be busy with another."""
     file = tmp_path / "foresight.json"

@@ -79,7 +79,7 @@ def below(pid: int) -> set[int]:
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_is_measured_is_complete_and_measured_once(tmp_path: Path) -> None:
     SYSTEM.require()
     suite, file = written(tmp_path, TINY), tmp_path / "results.json"
@@ -136,7 +136,7 @@ class Forgetful:
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_page_that_is_not_reported_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SYSTEM.require()
     monkeypatch.setattr(Strategy, "maker", lambda strategy: Forgetful)
@@ -155,7 +155,7 @@ def test_a_page_that_is_not_reported_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_guest_of_which_nothing_changed_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_guest_that_cannot_be_made_ends_it(
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     SYSTEM.require()

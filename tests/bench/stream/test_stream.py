@@ -48,7 +48,7 @@ def left_by(pid: int) -> list[Path]:
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_quick(tmp_path: Path) -> None:
     require(missing())
     SYSTEM.require()

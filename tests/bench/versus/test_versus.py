@@ -269,7 +269,7 @@ def test_what_is_lost_is_seen(way: Way, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.live
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_one_workload(tmp_path: Path) -> None:
     require(missing())
     SYSTEM.require()

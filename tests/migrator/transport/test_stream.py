@@ -558,6 +558,7 @@ def test_what_is_compressed(shm: Path, compress: str, packs: str) -> None:
     run(body)
 
 
+@pytest.mark.thorough
 def test_auto_leaves_what_is_not_worth_it(shm: Path) -> None:
     """On a link this fast, content that gets hardly smaller is sent as it is, most of the time."""
     npages = 256 * 120

@@ -110,6 +110,7 @@ def test_they_are_kept_in_a_directory_of_the_users_own(place: Place) -> None:
 
 
 @pytest.mark.parametrize("file", ["tracker/bits/native.py", "tracker/memory/extents.py"])
+@pytest.mark.one_in(2)
 def test_they_are_compiled_anew_when_another_source_has_changed(place: Place, file: str) -> None:
     place.run()
     before = index_files(place.kept)
@@ -145,6 +146,7 @@ def test_a_directory_that_others_may_write_is_not_used(place: Place, made: str) 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes directories of other users")
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
+@pytest.mark.one_in(2)
 def test_nor_one_that_others_may_replace(place: Place, mode: int) -> None:
     """Without the sticky bit any user; with it, the owner of the directory."""
     os.chown(place.temporary, 0 if mode == 0o777 else 1, 0)

@@ -168,7 +168,7 @@ class TestRunningThread:
 
 
 class TestNothingIsLeft:
-    @pytest.mark.slow
+    @pytest.mark.thorough
     def test_after_200_times(self, start: Start) -> None:
         target = start("read")
         ours, threads = descriptors(os.getpid()), threading.active_count()
@@ -183,7 +183,7 @@ class TestNothingIsLeft:
         target.assert_untouched()
         target.finish()
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize("mode", ["read", "compute"])
     def test_when_the_caller_is_killed(self, start: Start, mode: str) -> None:
         target = start(mode)
