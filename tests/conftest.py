@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.profiles import load_profile
+pytest.register_assert_rewrite("tests")  # asserts in helpers tell what they saw, too
+
+from tests.profiles import load_profile  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
