@@ -354,7 +354,7 @@ def test_a_source_that_was_migrated_before() -> None:
                 await refused(vms, "source state", "'postmigrate'")
                 assert await vms.state(moved) == "running"
             finally:
-                await vms.destination.stop()
+                await moved.stop()
 
     asyncio.run(body())
 
