@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -19,34 +17,6 @@ from tests.conftest import require
 from tests.hugepages import huge_pages
 
 _HUGE_PAGES = 2 * 128 // 2
-
-
-@pytest.fixture(autouse=True)
-def _nothing_runs_on(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check that a test ends all that it starts: a guest that runs on would slow the others down.
-
-    pytest puts the name of the test into the environment, which processes inherit.
-    """
-    yield
-    mark = f"PYTEST_CURRENT_TEST={request.node.nodeid} (call)\0".encode()
-    deadline = time.monotonic() + 10
-    while (left := _processes_with(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert not left, left
-
-
-def _processes_with(mark: bytes) -> dict[int, str]:
-    """Command lines of the processes in whose environment it is."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes():
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(entry.name)] = command.decode(errors="replace")
-    return found
 
 
 @pytest.fixture
