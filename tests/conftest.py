@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests")  # asserts in helpers tell what they saw, too
+# asserts in helpers tell what they saw, too
+pytest.register_assert_rewrite(
+    "tests.bench", "tests.faults", "tests.lab", "tests.live", "tests.migrator", "tests.tracker"
+)
 
 from tests.profiles import load_profile  # noqa: E402
 
@@ -31,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # generated examples, and loops inside a test, belong to the first part
     load_profile(thorough=(config.getoption("--thorough") or "").startswith("1/"))
+
+
+def pytest_report_header() -> str:
+    """The seed of the disturbed migrations; chosen here, before xdist starts its workers."""
+    seed = os.environ.get("MIGRATOR_FAULTS_SEED") or str(time.time_ns() % (1 << 32))
+    os.environ["MIGRATOR_FAULTS_SEED"] = seed
+    return f"disturbed migrations: MIGRATOR_FAULTS_SEED={seed}"
 
 
 def _is_of_part(item: pytest.Item, part: int, parts: int) -> bool:
