@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from typing import TypeVar
 
 import numpy as np
@@ -115,8 +116,10 @@ class LocalCopy:
         await self._stoppable(self._reserve)
 
     def _open(self) -> None:
-        for side in self._sides:
-            self._pairs.append(_Pair.open(*side))
+        with ExitStack() as opened:
+            pairs = [opened.enter_context(closing(_Pair.open(*side))) for side in self._sides]
+            opened.pop_all()
+        self._pairs = pairs  # all at once: the event loop looks at them meanwhile
 
     # -- space ----------------------------------------------------------------------------------
 
@@ -327,8 +330,9 @@ class LocalCopy:
         await in_thread(self._close)
 
     def _close(self) -> None:
-        while self._pairs:
-            self._pairs.pop().close()
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            pair.close()
 
 
 def _parts(pages: DirtyBitmap) -> Iterator[tuple[int, int]]:

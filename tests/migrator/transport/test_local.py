@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,23 @@ SOME: Pages = {
 
 
 # -- sending everything -------------------------------------------------------------------------
+
+
+def test_nothing_stays_open_if_one_of_the_blocks_cannot_be_opened(sides: Sides) -> None:
+    """Nor is half of it looked at: the space is watched while the transport opens."""
+    ours, theirs = sides.source.block, sides.destination.block
+    gone = replace(ours, name="gone", inode=1)
+    copy = LocalCopy(sides.source.pid, [ours, gone], sides.destination.pid, [theirs, theirs])
+
+    async def body() -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(RamError):
+            await copy.open()
+        assert copy.shortage() is None
+        assert set(os.listdir("/proc/self/fd")) == before
+        await copy.close()
+
+    asyncio.run(body())
 
 
 def test_everything_to_an_empty_destination(sides: Sides) -> None:
