@@ -92,19 +92,23 @@ class Account:
         :param throttle_percent: of their time, how much writers are made to wait
         """
         merged = found.merged
+        (dirty_pages, dirty_bytes), (waiting_pages, waiting_bytes) = (
+            dirty.measure(),
+            waiting.measure(),
+        )
         self._begin(
             Round(
                 number=self.round.number + 1,
                 dirty_pages_by_source=dict(merged.pages_by_source),
                 only_by_source=dict(merged.only_by_source),
                 pages_by_several=merged.pages_by_several,
-                dirty_pages=dirty.count(),
-                waiting_pages=waiting.count(),
+                dirty_pages=dirty_pages,
+                waiting_pages=waiting_pages,
                 throttle_percent=throttle_percent,
                 collect_ms=found.collect_ms,
                 merge_ms=found.merge_ms,
-                dirty_bytes=dirty.nbytes(),
-                waiting_bytes=waiting.nbytes(),
+                dirty_bytes=dirty_bytes,
+                waiting_bytes=waiting_bytes,
             )
         )
 
@@ -144,7 +148,7 @@ class Account:
         current.compared_pages, current.differing_pages = suspects.count(), differing.count()
         if unchanged is not None:
             current.unchanged_pages = unchanged.count()
-        current.dirty_pages, current.dirty_bytes = rest.count(), rest.nbytes()
+        current.dirty_pages, current.dirty_bytes = rest.measure()
         current.compare_ms = spent_s * 1000
 
     def decided(self, decision: Decision) -> None:

@@ -34,7 +34,8 @@ class Ledger:
         :param left: of what waits, what was left unprotected
         :return: what was found, what was owed, and what waited until now; the caller's to change
         """
-        dirty = found | self.owed | self.waiting
+        dirty = found | self.owed
+        dirty |= self.waiting
         self.owed = self._none
         self.waiting = self._none if waiting is None else waiting
         self.left = self._none if left is None else left

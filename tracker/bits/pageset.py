@@ -90,6 +90,11 @@ class PageSet(Mapping[str, DirtyBitmap]):
         """Add up the sizes of the pages, in bytes."""
         return sum(self._bitmaps[b.name].count() * b.page_size for b in self.blocks)
 
+    def measure(self) -> tuple[int, int]:
+        """Count the pages, and add up their sizes in bytes: both in one pass."""
+        counts = [(self._bitmaps[b.name].count(), b.page_size) for b in self.blocks]
+        return sum(n for n, _ in counts), sum(n * size for n, size in counts)
+
     def any(self) -> bool:
         """Tell whether there is a page."""
         return any(bitmap.any() for bitmap in self._bitmaps.values())

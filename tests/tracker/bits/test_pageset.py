@@ -57,6 +57,7 @@ def test_counts(a: Pages) -> None:
     assert x.count() == len(a)
     assert x.any() is bool(a)
     assert x.nbytes() == sum(SIZES[name] for name, _ in a)
+    assert x.measure() == (x.count(), x.nbytes())
 
 
 def test_empty_and_full() -> None:
